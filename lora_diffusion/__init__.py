@@ -1,0 +1,45 @@
+"""LoRA and its relatives for diffusion models: train, load, blend, merge, take off again.
+
+Everything public is exported here, and imported when it is first used, so that `import lora_diffusion`
+stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_diffusion.adapter import Adapter as Adapter
+    from lora_diffusion.adapter import LayerAdapter as LayerAdapter
+    from lora_diffusion.errors import AdapterFileError as AdapterFileError
+    from lora_diffusion.errors import AdapterMismatchError as AdapterMismatchError
+    from lora_diffusion.errors import ConfigError as ConfigError
+    from lora_diffusion.errors import DataError as DataError
+    from lora_diffusion.errors import LoraDiffusionError as LoraDiffusionError
+    from lora_diffusion.errors import TargetError as TargetError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "adapter",
+    "AdapterFileError": "errors",
+    "AdapterMismatchError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "LayerAdapter": "adapter",
+    "LoraDiffusionError": "errors",
+    "TargetError": "errors",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_diffusion' has no attribute {name!r}")
+    return getattr(import_module(f"lora_diffusion.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""SEAM 3: model families. One file a family: its components, names, prompts, latents and loss."""
