@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape
 
@@ -60,6 +61,7 @@ class Slot(nn.Module):
         super().__init__()
         self.convolution = convolution_arguments(layer)
         self.dropout = 0.0  # probability, on the rank axis, while training
+        self.hooks: tuple[RemovableHandle, ...] = ()
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
         self.pack(layer, pairs, trainable=trainable)
 
@@ -143,7 +145,9 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, down, up, gate = ctx.saved_tensors
         x = x.to(grad.dtype)  # they differ under autocast
         hidden = _gated(F.linear(x, down.to(x.dtype)), gate)
@@ -183,7 +187,7 @@ def place(layer: nn.Module, slot: Slot) -> None:
     if hasattr(layer, SLOT):
         raise RuntimeError(f"{type(layer).__name__} has something called {SLOT!r} already")
     layer.add_module(SLOT, slot)
-    slot.hooks = (  # pyright: ignore[reportAttributeAccessIssue]
+    slot.hooks = (
         layer.register_forward_pre_hook(slot.before, with_kwargs=True),
         layer.register_forward_hook(slot.after, with_kwargs=True, always_call=True),
     )
@@ -193,7 +197,7 @@ def take_off(layer: nn.Module) -> Slot:
     """Remove the layer's slot and return it; hooks and module tree are as before it came."""
     slot = slot_of(layer)
     assert slot is not None
-    del layer._modules[SLOT]
+    delattr(layer, SLOT)
     for hook in slot.hooks:
         hook.remove()
     slot.hooks = ()
@@ -202,5 +206,5 @@ def take_off(layer: nn.Module) -> Slot:
 
 def slot_of(layer: nn.Module) -> Slot | None:
     """The slot on a layer, if there is one."""
-    slot = layer._modules.get(SLOT)
+    slot = getattr(layer, SLOT, None)
     return slot if isinstance(slot, Slot) else None
