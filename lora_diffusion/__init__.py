@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_diffusion.adapter import Adapter as Adapter
     from lora_diffusion.adapter import LayerAdapter as LayerAdapter
-    from lora_diffusion.attach import Attachment as Attachment
-    from lora_diffusion.attach import attach as attach
+    from lora_diffusion.attachment import Attachment as Attachment
+    from lora_diffusion.attachment import attach as attach
     from lora_diffusion.errors import AdapterFileError as AdapterFileError
     from lora_diffusion.errors import AdapterMismatchError as AdapterMismatchError
     from lora_diffusion.errors import ConfigError as ConfigError
@@ -31,8 +31,8 @@ _HOMES = {
     "save_adapter": "formats.files",
     "load_adapter": "formats.files",
     "LoRA": "methods.lora",
-    "attach": "attach",
-    "Attachment": "attach",
+    "attach": "attachment",
+    "Attachment": "attachment",
     "AdapterStack": "stack",
     "Adapter": "adapter",
     "AdapterFileError": "errors",

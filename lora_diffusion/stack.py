@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
-from lora_diffusion.attach import check_layers
+from lora_diffusion.attachment import check_layers
 from lora_diffusion.errors import AdapterMismatchError, TargetError, did_you_mean, some
 from lora_diffusion.families.naming import resolve
 from lora_diffusion.formats.files import load_adapter
