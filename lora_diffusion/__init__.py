@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lora_diffusion.errors import DataError as DataError
     from lora_diffusion.errors import LoraDiffusionError as LoraDiffusionError
     from lora_diffusion.errors import TargetError as TargetError
+    from lora_diffusion.formats.files import load_adapter as load_adapter
+    from lora_diffusion.formats.files import save_adapter as save_adapter
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,8 @@ _HOMES = {
     "LayerAdapter": "adapter",
     "LoraDiffusionError": "errors",
     "TargetError": "errors",
+    "load_adapter": "formats.files",
+    "save_adapter": "formats.files",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
