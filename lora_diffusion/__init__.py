@@ -42,6 +42,8 @@ _HOMES = {
     "LayerAdapter": "adapter",
     "LoraDiffusionError": "errors",
     "TargetError": "errors",
+    "load_adapter": "formats.files",
+    "save_adapter": "formats.files",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
