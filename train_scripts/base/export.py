@@ -35,7 +35,7 @@ def export(work: Path, out: Path) -> int:
             raise SystemExit(
                 f"{work}: the pipeline takes {size / 1e6:.1f} MB, and at most {LIMIT / 1e6:.0f} MB may ship"
             )
-        shutil.copytree(draft, out, dirs_exist_ok=True)
+        shutil.copytree(draft, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     return size
 
 
