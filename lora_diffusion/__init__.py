@@ -12,16 +12,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_diffusion.adapter import Adapter as Adapter
     from lora_diffusion.adapter import LayerAdapter as LayerAdapter
+    from lora_diffusion.attachment import Attachment as Attachment
+    from lora_diffusion.attachment import attach as attach
     from lora_diffusion.errors import AdapterFileError as AdapterFileError
     from lora_diffusion.errors import AdapterMismatchError as AdapterMismatchError
     from lora_diffusion.errors import ConfigError as ConfigError
     from lora_diffusion.errors import DataError as DataError
     from lora_diffusion.errors import LoraDiffusionError as LoraDiffusionError
     from lora_diffusion.errors import TargetError as TargetError
+    from lora_diffusion.formats.files import load_adapter as load_adapter
+    from lora_diffusion.formats.files import save_adapter as save_adapter
+    from lora_diffusion.methods.lora import LoRA as LoRA
+    from lora_diffusion.stack import AdapterStack as AdapterStack
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "save_adapter": "formats.files",
+    "load_adapter": "formats.files",
+    "LoRA": "methods.lora",
+    "attach": "attachment",
+    "Attachment": "attachment",
+    "AdapterStack": "stack",
     "Adapter": "adapter",
     "AdapterFileError": "errors",
     "AdapterMismatchError": "errors",
@@ -30,6 +42,8 @@ _HOMES = {
     "LayerAdapter": "adapter",
     "LoraDiffusionError": "errors",
     "TargetError": "errors",
+    "load_adapter": "formats.files",
+    "save_adapter": "formats.files",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
