@@ -11,12 +11,21 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_diffusion.errors import AdapterFileError, some
+
+
+class Digest(Protocol):
+    """What hashlib's objects can do."""
+
+    def update(self, data: bytes, /) -> None:
+        """Feed bytes."""
+        ...
+
 
 AlphaSource = Literal["tensor", "metadata", "assumed", "none"]
 
@@ -57,8 +66,9 @@ class Adapter:
     `layers` maps a component ("unet", "transformer", "text_encoder", "text_encoder_2", …) to its layers by
     name: dotted names of the Diffusers model where the file has them, else the file's own flattened or
     original names, which are resolved against the live model when the adapter goes on. `embeddings` maps a
-    token ("<s1>") to its vectors by text-encoder component, each (n, width). Two adapters are equal when
-    components, layers (dots and underscores count alike), tensors (to the bit), alphas and embeddings are.
+    token ("<s1>") to its vectors by text-encoder component, each (n, width). `spelling` names the format it
+    was read in, `unused` the file's tensors that are not in here, with the reason. Two adapters are equal when
+    components, layers (as `same_layer` compares them), tensors (to the bit), alphas and embeddings are.
     """
 
     name: str
@@ -66,6 +76,8 @@ class Adapter:
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     source: Path | None = None
+    spelling: str = ""
+    unused: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[str, str, LayerAdapter]]:
         """(component, layer name, layer adapter), in the file's order."""
@@ -144,6 +156,11 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
+def same_layer(name: str) -> str:
+    """What all spellings of one layer share: flattened, without the `text_model.` level of older CLIP encoders."""
+    return flat(name).removeprefix("text_model_")
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is a finite number (one pass, no copy of the tensor's size)."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
@@ -153,13 +170,15 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _by_flat_name(layers: dict[str, dict[str, LayerAdapter]]) -> dict[str, dict[str, LayerAdapter]]:
-    return {component: {flat(name): layer for name, layer in of.items()} for component, of in layers.items() if of}
+    return {
+        component: {same_layer(name): layer for name, layer in of.items()} for component, of in layers.items() if of
+    }
 
 
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
     return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs)
 
 
-def _update(digest: hashlib._Hash, key: str, tensor: Tensor) -> None:
+def _update(digest: Digest, key: str, tensor: Tensor) -> None:
     digest.update(f"{key}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes())

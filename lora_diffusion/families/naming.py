@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lora_diffusion.adapter import LayerAdapter, flat
+from lora_diffusion.adapter import LayerAdapter, same_layer
 from lora_diffusion.errors import AdapterMismatchError
-
-_CLIP_LEVEL = "text_model_"  # transformers < 5 has it in every CLIP text encoder, transformers >= 5 in some
 
 
 @dataclass
@@ -29,7 +27,7 @@ def resolve(layers: dict[str, LayerAdapter], model: nn.Module) -> Resolution:
     live = _index(name for name, _ in model.named_modules() if name)
     result = Resolution()
     for name, layer in layers.items():
-        candidates = live.get(_key(name), [])
+        candidates = live.get(same_layer(name), [])
         exact = [candidate for candidate in candidates if candidate == name]
         found = exact or candidates
         if not found:
@@ -46,9 +44,5 @@ def resolve(layers: dict[str, LayerAdapter], model: nn.Module) -> Resolution:
 def _index(names: Iterable[str]) -> dict[str, list[str]]:
     index: dict[str, list[str]] = {}
     for name in names:
-        index.setdefault(_key(name), []).append(name)
+        index.setdefault(same_layer(name), []).append(name)
     return index
-
-
-def _key(name: str) -> str:
-    return flat(name).removeprefix(_CLIP_LEVEL)

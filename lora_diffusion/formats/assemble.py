@@ -1,0 +1,163 @@
+"""Named tensors of a file -> layers of the neutral form: grouping, pairs, and where each alpha comes from.
+
+Shared by the spellings that name a layer in every key. It knows which tensors belong together and which of
+their axes is the rank; what they mean is the methods' business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lora_diffusion.adapter import AlphaSource, LayerAdapter, same_layer
+from lora_diffusion.formats import Parsed
+from lora_diffusion.formats.keys import DENOISER, Key, denoiser_of, split
+
+#: (component, layer, rank) -> alpha that the file's metadata gives that layer (rsLoRA folded in), None if silent
+AlphaOf = Callable[[str, str, int], float | None]
+
+#: method -> the sets of tensors of which one must be whole
+_WHOLE: dict[str, tuple[frozenset[str], ...]] = {
+    "lora": (frozenset({"down", "up"}),),
+    "dora": (frozenset({"down", "up", "magnitude"}),),
+    "locon": (frozenset({"down", "mid", "up"}),),
+    "loha": (frozenset({"w1_a", "w1_b", "w2_a", "w2_b"}),),
+    "lokr": tuple(
+        frozenset(first | second) for first in ({"w1"}, {"w1_a", "w1_b"}) for second in ({"w2"}, {"w2_a", "w2_b"})
+    ),
+    "ia3": (frozenset({"weight", "on_input"}),),
+    "oft": (frozenset({"blocks"}), frozenset({"diag"}), frozenset({"R"})),
+    "glora": (frozenset({"a1", "a2", "b1", "b2"}),),
+    "full": (frozenset({"diff"}), frozenset({"diff_b"})),
+    "norm": (frozenset({"w_norm"}), frozenset({"b_norm"})),
+    "set": (frozenset({"value"}),),
+}
+#: method -> (tensor, axis) whose length is the rank, the first that is there
+_RANK: dict[str, tuple[tuple[str, int], ...]] = {
+    "lora": (("down", 0),),
+    "dora": (("down", 0),),
+    "locon": (("down", 0),),
+    "loha": (("w1_b", 0),),
+    "lokr": (("w2_b", 0), ("w1_b", 0)),
+    "glora": (("a2", 0),),
+}
+
+
+@dataclass
+class _Group:
+    """The tensors of one layer, as they come."""
+
+    layer: str
+    parts: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # part -> (key, tensor)
+    methods: set[str] = field(default_factory=set)
+
+
+def assemble(tensors: Mapping[str, Tensor], alpha_of: AlphaOf, read: Callable[[str], Key | None] = split) -> Parsed:
+    """The neutral form of `tensors`. What is not a whole layer goes to `unused`, with the reason."""
+    parsed = Parsed(layers={})
+    groups = _grouped(tensors, read, parsed)
+    for (component, _), group in groups.items():
+        layer = _layer(component, group, alpha_of, parsed)
+        if layer:
+            parsed.layers.setdefault(component, {})[group.layer] = layer
+    return parsed
+
+
+def _grouped(
+    tensors: Mapping[str, Tensor], read: Callable[[str], Key | None], parsed: Parsed
+) -> dict[tuple[str, str], _Group]:
+    names = {key: read(key) for key in tensors}
+    denoiser = _denoiser([name for name in names.values() if name])
+    groups: dict[tuple[str, str], _Group] = {}
+    for key, name in names.items():
+        if name is None:
+            parsed.unused[key] = "no adapter tensor is spelled like that"
+            continue
+        component = denoiser if name.component == DENOISER else name.component
+        group = groups.setdefault((component, same_layer(name.layer)), _Group(name.layer))
+        if name.part in group.parts:
+            parsed.unused[key] = f"it says the same as {group.parts[name.part][0]!r}"
+            continue
+        if "." in name.layer:
+            group.layer = name.layer  # where both spellings occur, the one that can be read back
+        group.parts[name.part] = (key, tensors[key])
+        group.methods |= {name.method} - {"*"}
+    return groups
+
+
+def _denoiser(names: list[Key]) -> str:
+    said = {name.component for name in names} & {"unet", "transformer"}
+    return said.pop() if len(said) == 1 else denoiser_of([name.layer for name in names if name.component == DENOISER])
+
+
+def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> LayerAdapter | None:
+    parts = dict(group.parts)
+    alpha = parts.pop("alpha", None)
+    method = _method(group.methods, parts)
+    tensors = {part: tensor for part, (_, tensor) in parts.items()}
+    problem = _problem(group.methods, method, tensors)
+    if problem:
+        for key, _ in group.parts.values():
+            parsed.unused[key] = problem
+        return None
+    rank = _rank(method, tensors)
+    if rank is None:  # the alpha of OFT is a constraint, that of a LoKr in full means nothing: kept, never a scale
+        return LayerAdapter(method, tensors, *_stored(alpha, parsed))
+    return LayerAdapter(method, tensors, *_alpha(alpha, rank, alpha_of(component, group.layer, rank), parsed))
+
+
+def _method(methods: set[str], parts: Mapping[str, object]) -> str:
+    if methods == {"lora", "locon"}:
+        return "locon"
+    if methods == {"lora"} and "magnitude" in parts:
+        return "dora"
+    if not methods:
+        return "full"
+    return min(methods)
+
+
+def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> str | None:
+    if len(methods - {"lora"} if method == "locon" else methods) > 1:
+        return f"tensors of {' and '.join(sorted(methods))} on one layer"
+    missing = min((whole - tensors.keys() for whole in _WHOLE[method]), key=len)
+    if missing:
+        return f"{method} needs {', '.join(sorted(missing))} beside it, which is not in the file"
+    empty = sorted(part for part, tensor in tensors.items() if tensor.numel() == 0)
+    return f"{', '.join(empty)} has no elements" if empty else None
+
+
+def _rank(method: str, tensors: Mapping[str, Tensor]) -> int | None:
+    for part, axis in _RANK.get(method, ()):
+        if part in tensors and tensors[part].ndim > axis:
+            return tensors[part].shape[axis]
+    return None
+
+
+def _stored(alpha: tuple[str, Tensor] | None, parsed: Parsed) -> tuple[float | None, AlphaSource]:
+    value = _value(alpha, parsed) if alpha else None
+    return value, "none" if value is None else "tensor"
+
+
+def _alpha(
+    alpha: tuple[str, Tensor] | None, rank: int, said: float | None, parsed: Parsed
+) -> tuple[float, AlphaSource]:
+    value = _value(alpha, parsed) if alpha else None
+    if alpha and value is not None:
+        if said is not None and not math.isclose(value, said, rel_tol=5e-3):  # an alpha stored in bfloat16
+            parsed.unused[alpha[0]] = f"it is {value:g}, while the metadata gives this layer alpha {said:g}"
+        return value, "tensor"
+    if said is not None:
+        return said, "metadata"
+    return float(rank), "assumed"
+
+
+def _value(alpha: tuple[str, Tensor], parsed: Parsed) -> float | None:
+    key, tensor = alpha
+    value = float(tensor) if tensor.numel() == 1 else math.nan
+    if not math.isfinite(value):
+        parsed.unused[key] = f"an alpha must be one finite number, this is {tensor.flatten()[:3].tolist()}"
+        return None
+    return value

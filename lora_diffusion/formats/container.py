@@ -1,0 +1,300 @@
+"""The safetensors container: a header checked by us, tensors as views of one read, atomic writing.
+
+    8 bytes   n, little-endian
+    n bytes   JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}}
+    the rest  the tensors' bytes, without gaps or overlaps
+
+(https://github.com/huggingface/safetensors#format.) The header is distrusted: every size is checked before
+memory is asked for, and nothing here needs torch until the tensors themselves are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from lora_diffusion.errors import AdapterFileError, some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: bytes per element of the dtypes an adapter may hold, and torch's name for them
+DTYPES: dict[str, tuple[int, str]] = {
+    "F64": (8, "float64"),
+    "I64": (8, "int64"),
+    "F32": (4, "float32"),
+    "I32": (4, "int32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I16": (2, "int16"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
+MAX_HEADER = 32 << 20  # bytes; the largest adapters seen, tag lists included, need 4 MiB
+MAX_BRACKETS = 2_000_000  # what opens a list or table, also inside metadata strings; each costs the parser 64 bytes
+MAX_TENSORS = 50_000  # the largest adapters seen hold 7,000
+MAX_DIMENSIONS = 6
+MAX_NAME = 1_000  # characters
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its dtype by safetensors' name, shape, and byte range behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says it holds. `data` is the file offset of the first tensor byte."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str] = field(default_factory=dict)
+    data: int = 0
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of `path`. AdapterFileError for anything but a sound safetensors file."""
+    with _opened(path) as file:
+        return _read_header(file, path)
+
+
+def read(path: Path, accept: Callable[[Header], None] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of `path`; the tensors share one buffer into which the file was read once.
+
+    `accept` sees the header first and may raise, so that a file of no use costs no more than its header.
+    """
+    import torch
+
+    with _opened(path) as file:
+        header = _read_header(file, path)
+        if accept:
+            accept(header)
+        size = max((entry.end for entry in header.entries.values()), default=0)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        file.seek(header.data)
+        if size and cast("Any", file).readinto(buffer.numpy().data) != size:
+            raise AdapterFileError(f"{path.name}: the file became shorter while it was read")
+    return {name: _view(buffer, entry) for name, entry in header.entries.items()}, header.metadata
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = False) -> None:
+    """Write a safetensors file: into a temporary file beside `path`, flushed to the disk, then renamed.
+
+    Same tensors and metadata, same bytes. AdapterFileError where nothing would be written, or where `path`
+    exists and `overwrite` is not set; a failure leaves what was there before.
+    """
+    if not tensors:
+        raise AdapterFileError(f"{path.name}: there is nothing to write; an adapter without tensors does nothing")
+    if path.exists() and not overwrite:
+        raise AdapterFileError(f"{path} exists already; choose another name or ask to overwrite it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _serialise(file, tensors, metadata)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb", buffering=0)  # type: ignore[return-value]
+    except FileNotFoundError:
+        raise AdapterFileError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be opened ({error.strerror or error})") from None
+
+
+def _read_header(file: BinaryIO, path: Path) -> Header:
+    total = os.fstat(file.fileno()).st_size
+    start = file.read(512)
+    _refuse_other_kinds(start, path)
+    length = int.from_bytes(start[:8], "little")
+    if total < 10 or not 2 <= length <= total - 8:
+        raise AdapterFileError(
+            f"{path.name}: {total:,} bytes, of which the header should be {length:,}; it is cut short or no safetensors"
+        )
+    if length > MAX_HEADER:
+        raise AdapterFileError(f"{path.name}: a header of {length:,} bytes; no adapter needs more than {MAX_HEADER:,}")
+    file.seek(8)
+    return _parse(file.read(length), total - 8 - length, length + 8, path)
+
+
+_OTHER_KINDS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
+    b"PK\x03\x04": "a zip archive (a PyTorch pickle, probably); `lora-diffusion convert` reads those",
+    b"\x80\x02": "a Python pickle; `lora-diffusion convert` reads those",
+    b"\x80\x03": "a Python pickle; `lora-diffusion convert` reads those",
+    b"\x80\x04": "a Python pickle; `lora-diffusion convert` reads those",
+    b"\x80\x05": "a Python pickle; `lora-diffusion convert` reads those",
+    b"GGUF": "a GGUF model, not an adapter in safetensors",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"7z\xbc\xaf": "a 7-Zip archive; unpack it first",
+    b"\x89PNG": "a PNG picture, not an adapter",
+    b"\xff\xd8\xff": "a JPEG picture, not an adapter",
+}
+
+
+def _refuse_other_kinds(start: bytes, path: Path) -> None:
+    if not start:
+        raise AdapterFileError(f"{path.name}: the file is empty; a download was probably cut short")
+    for magic, kind in _OTHER_KINDS.items():
+        # a pickle's protocol byte could also open a header length: there a JSON brace follows 8 bytes on
+        if start.startswith(magic) and start[8:9] != b"{":
+            raise AdapterFileError(f"{path.name}: this is {kind}")
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+        raise AdapterFileError(f"{path.name}: this is a web page; the download address led to a login or error page")
+    if text.startswith((b'{"', b"{'", b"[")) and start[8:9] != b"{":
+        raise AdapterFileError(f"{path.name}: this is JSON text; a download probably answered with an error message")
+
+
+def _parse(raw: bytes, size: int, data: int, path: Path) -> Header:
+    claimed = raw.count(b'"data_offsets"')
+    if claimed > MAX_TENSORS:
+        raise AdapterFileError(f"{path.name}: {claimed:,} tensors; no adapter has more than {MAX_TENSORS:,}")
+    if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
+        raise AdapterFileError(f"{path.name}: a header of more than {MAX_BRACKETS:,} lists; no adapter needs that many")
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path.name}: the header is damaged ({_short(error)})") from None
+    if not isinstance(header, dict):
+        raise AdapterFileError(f"{path.name}: the header is not a JSON object; not a safetensors file")
+    table = cast("dict[str, Any]", header)
+    metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values()):
+        raise AdapterFileError(f"{path.name}: `__metadata__` is not a table of strings; the header is damaged")
+    entries = {name: _entry(name, value, path) for name, value in table.items()}
+    _check_ranges(entries, size, path)
+    return Header(entries, cast("dict[str, str]", metadata), data)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"{some(twice)[:200]} stands there twice")
+    return table
+
+
+def _no_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _short(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+
+
+def _entry(name: str, value: object, path: Path) -> Entry:
+    where = f"{path.name}: tensor {name[:200]!r}"
+    if len(name) > MAX_NAME:
+        raise AdapterFileError(f"{where}…: a name of {len(name):,} characters; the header is damaged")
+    fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets):
+        raise AdapterFileError(f"{where}: dtype, shape or range is missing or of the wrong kind; the header is damaged")
+    if dtype not in DTYPES:
+        raise AdapterFileError(f"{where}: dtype {dtype[:40]!r}; adapters hold {', '.join(DTYPES)}")
+    dims, ends = cast("list[int]", shape), cast("list[int]", offsets)
+    if len(dims) > MAX_DIMENSIONS or len(ends) != 2:
+        raise AdapterFileError(f"{where}: {len(dims)} dimensions, {len(ends)} range ends; the header is damaged")
+    needed = math.prod(dims) * DTYPES[dtype][0]
+    if ends[1] - ends[0] != needed:
+        raise AdapterFileError(
+            f"{where}: {dtype} {dims} needs {needed:,} bytes, its range has {ends[1] - ends[0]:,}; it is damaged"
+        )
+    return Entry(dtype, tuple(dims), ends[0], ends[1])
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(size) is int and 0 <= size < 1 << 48 for size in cast("list[object]", value)
+    )
+
+
+def _check_ranges(entries: dict[str, Entry], size: int, path: Path) -> None:
+    reached = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != reached:
+            what = "overlaps another" if entry.begin < reached else "leaves a gap before it"
+            raise AdapterFileError(f"{path.name}: tensor {name[:200]!r} {what}; the header is damaged")
+        reached = entry.end
+    if reached != size:
+        found = "cut short" if reached > size else "followed by bytes that belong to no tensor"
+        raise AdapterFileError(
+            f"{path.name}: {size:,} bytes of tensors, the header speaks of {reached:,}; it is {found}"
+        )
+
+
+def _view(buffer: Tensor, entry: Entry) -> Tensor:
+    import torch
+
+    width, dtype = DTYPES[entry.dtype]
+    part = buffer[entry.begin : entry.end]
+    if part.data_ptr() % width:  # the format asks for no alignment; torch does
+        part = part.clone()
+    return part.view(getattr(torch, dtype)).view(entry.shape)
+
+
+def _serialise(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    names = {torch_name: (width, name) for name, (width, torch_name) in DTYPES.items()}
+    kinds = {key: names[str(tensor.dtype).removeprefix("torch.")] for key, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    order = sorted(tensors, key=lambda key: (-kinds[key][0], key))  # wide dtypes first: all stay aligned
+    begin = 0
+    for key in order:
+        end = begin + tensors[key].numel() * kinds[key][0]
+        header[key] = {"dtype": kinds[key][1], "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
+        begin = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    for key in order:
+        file.write(_bytes(tensors[key]))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself last; a system that cannot open folders has nothing to sync."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,101 @@
+"""The kohya spelling (sd-scripts, A1111, Civitai): flattened layer names, and an alpha tensor for every layer.
+
+    lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight      (rank, in[, kh, kw])   = down
+    lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight        (out, rank[, 1, 1])    = up
+    lora_unet_down_blocks_0_attentions_0_proj_in.alpha                 ()
+    lora_te_…, or lora_te1_… and lora_te2_… where there are two text encoders, lora_te3_… for T5
+
+`lora_unet_` is the denoiser of any family. A layer without alpha has alpha = its rank, never its neighbour's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from lora_diffusion.adapter import Adapter, LayerAdapter, flat, same_layer
+from lora_diffusion.errors import AdapterFileError, some
+from lora_diffusion.formats import Parsed
+from lora_diffusion.formats.assemble import assemble
+
+_STARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_prior_", "lora_transformer_")
+_PREFIXES = {
+    "unet": "lora_unet_",
+    "transformer": "lora_unet_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+    "text_encoder_3": "lora_te3_",
+}
+#: method -> tensor -> suffix
+_SUFFIXES: dict[str, dict[str, str]] = {
+    "lora": {"down": "lora_down.weight", "up": "lora_up.weight", "diff_b": "diff_b"},
+    "dora": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
+    "locon": {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"},
+    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "ia3": {"weight": "weight", "on_input": "on_input"},
+    "oft": {"blocks": "oft_blocks", "diag": "oft_diag", "rescale": "rescale"},
+    "glora": {part: f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
+    "full": {"diff": "diff", "diff_b": "diff_b"},
+    "norm": {"w_norm": "w_norm", "b_norm": "b_norm"},
+}
+
+
+class Kohya:
+    """Reads and writes the files of sd-scripts and LyCORIS."""
+
+    name = "kohya"
+
+    def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Whether any tensor has a flattened prefix."""
+        return any(key.startswith(_STARTS) for key in keys)
+
+    def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
+        """The neutral form, under flattened names that the live model resolves; `ss_network_alpha` never scales."""
+        return assemble(tensors, lambda *_: None)
+
+    def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata. AdapterFileError for what has no kohya name: tokens, other components or methods."""
+        who = f"adapter {adapter.name!r}"
+        if adapter.embeddings:
+            raise AdapterFileError(f"{who}: the kohya spelling has no place for tokens ({some(adapter.embeddings)})")
+        homeless = sorted(adapter.layers.keys() - _PREFIXES.keys())
+        if homeless:
+            raise AdapterFileError(f"{who}: the kohya spelling has no name for {some(homeless)}")
+        only = "text_encoder_2" not in adapter.layers and "text_encoder_3" not in adapter.layers
+        prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if only else _PREFIXES
+        tensors: dict[str, Tensor] = {}
+        for component, name, layer in adapter:
+            path = prefixes[component] + _body(component, name)
+            if f"{path}.alpha" in tensors:
+                raise AdapterFileError(f"{who}: two layers of {component} flatten to {path!r}; {name!r} is one")
+            tensors |= _tensors(path, layer, who)
+        return tensors, dict(adapter.metadata)
+
+
+def _body(component: str, name: str) -> str:
+    if component.startswith("text_encoder") and same_layer(name).startswith("encoder_layers_"):
+        return f"text_model_{same_layer(name)}"
+    return flat(name)
+
+
+def _tensors(path: str, layer: LayerAdapter, who: str) -> dict[str, Tensor]:
+    suffixes = _SUFFIXES.get(layer.method, {})
+    unsayable = sorted(layer.tensors.keys() - suffixes.keys())
+    if unsayable:
+        raise AdapterFileError(f"{who}: {path}: the kohya spelling cannot say {some(unsayable)} of {layer.method}")
+    tensors = {f"{path}.{suffixes[part]}": tensor for part, tensor in layer.tensors.items()}
+    if layer.alpha is not None:
+        tensors[f"{path}.alpha"] = _alpha(layer.alpha)
+    return tensors
+
+
+def _alpha(alpha: float) -> Tensor:
+    """As float32, which every tool writes, unless that would round it."""
+    single = torch.tensor(alpha, dtype=torch.float32)
+    return single if single.item() == alpha else torch.tensor(alpha, dtype=torch.float64)
+
+
+KOHYA = Kohya()

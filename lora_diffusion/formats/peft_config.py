@@ -1,0 +1,144 @@
+"""A PEFT `LoraConfig` as a file carries it: rank and alpha per layer, read and written.
+
+    alpha of a layer = alpha_pattern[key] of the first key that matches its name, else lora_alpha
+    scale            = alpha / rank, with `use_rslora` alpha / sqrt(rank)
+
+A key matches as `(.*\\.)?(key)$` from the start of the name (peft.utils.other.get_pattern_key), that is as a regular
+expression. Those that come in a file are not trusted: a literal one is looked up, another is matched only if
+it is short and cannot run away.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from lora_diffusion.adapter import LayerAdapter
+from lora_diffusion.errors import AdapterFileError
+
+#: where Diffusers (0.34 and later) keeps the LoraConfig of every component, as one flat JSON table
+METADATA_KEY = "lora_adapter_metadata"
+
+_LITERAL = re.compile(r"\^?[\w.\\-]+\$?")
+_TAME = re.compile(r"[\w.\\|^$*+\[\]()?:-]{1,400}")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+
+
+class Scales:
+    """Rank and alpha that one component's LoraConfig gives its layers."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._where = where
+        self._rank = _number(config.get("r", 8), "r", where)
+        self._alpha = _number(config.get("lora_alpha", 8), "lora_alpha", where)
+        self._ranks = _Pattern(config.get("rank_pattern"), f"{where}: rank_pattern")
+        self._alphas = _Pattern(config.get("alpha_pattern"), f"{where}: alpha_pattern")
+        self._rslora = bool(config.get("use_rslora"))
+
+    def alpha(self, layer: str, rank: int) -> float:
+        """Alpha of `layer`, rsLoRA folded in, so that alpha / rank is its scale.
+
+        AdapterFileError if the config gives the layer another rank than its tensors have.
+        """
+        expected = self._ranks.get(layer, self._rank)
+        if expected != rank:
+            raise AdapterFileError(
+                f"{self._where}: layer {layer!r} has rank {rank}, the metadata says {expected:g}; its scale is unsure"
+            )
+        alpha = self._alphas.get(layer, self._alpha)
+        return alpha * math.sqrt(rank) if self._rslora else alpha
+
+
+class _Pattern:
+    """Pattern -> number, as PEFT looks it up, in time linear in the number of layers."""
+
+    def __init__(self, table: object, where: str) -> None:
+        self._literal: dict[str, tuple[int, bool, float]] = {}  # name -> (order, anchored at the start, value)
+        self._others: list[tuple[int, re.Pattern[str], float]] = []
+        if table is not None and not isinstance(table, dict):
+            raise AdapterFileError(f"{where} is not a table of layer names and numbers")
+        for order, (key, value) in enumerate(cast("dict[str, object]", table or {}).items()):
+            number = _number(value, key, where)
+            if _LITERAL.fullmatch(key):
+                name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+                self._literal.setdefault(name, (order, key.startswith("^"), number))
+            else:
+                self._others.append((order, _expression(key, where), number))
+
+    def get(self, layer: str, default: float) -> float:
+        """The number of the first key that matches `layer`."""
+        words = layer.split(".")
+        endings = [".".join(words[start:]) for start in range(len(words))]
+        hits = [
+            (order, value)
+            for ending in endings
+            for order, anchored, value in [self._literal.get(ending, (-1, False, 0.0))]
+            if order >= 0 and not (anchored and ending != layer)
+        ]
+        hits += [(order, value) for order, expression, value in self._others if expression.match(layer[:1000])]
+        return min(hits)[1] if hits else default
+
+
+def scales_of(metadata: Mapping[str, str]) -> dict[str, Scales]:
+    """component -> scales from `lora_adapter_metadata`; empty where the file has none."""
+    if METADATA_KEY not in metadata:
+        return {}
+    try:
+        table = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"metadata {METADATA_KEY!r} is damaged JSON ({str(error)[:100]})") from None
+    if not isinstance(table, dict):
+        raise AdapterFileError(f"metadata {METADATA_KEY!r} is not a JSON object")
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in cast("dict[str, Any]", table).items():
+        component, _, setting = key.partition(".")
+        configs.setdefault(component, {})[setting] = value
+    return {component: Scales(config, f"{METADATA_KEY} {component}") for component, config in configs.items()}
+
+
+def config_of(layers: Mapping[str, LayerAdapter], suffix_keys: bool = False) -> dict[str, Any]:
+    """The LoraConfig settings under which Diffusers and PEFT give every layer its own rank and alpha.
+
+    The commonest rank and alpha stand for all; the others are named. Keys are anchored at the start unless
+    `suffix_keys`, which is for text encoders, whose live names have a `text_model.` level or not.
+    """
+    ranks = {name: layer.tensors["down"].shape[0] for name, layer in layers.items()}
+    alphas = {name: ranks[name] if layer.alpha is None else layer.alpha for name, layer in layers.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+
+    def key(name: str) -> str:
+        return re.escape(name) if suffix_keys else f"^{re.escape(name)}"
+
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {key(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {key(name): value for name, value in alphas.items() if value != alpha},
+        "target_modules": sorted(layers),
+        "use_dora": any(layer.method == "dora" for layer in layers.values()),
+    }
+
+
+def _commonest(values: Iterable[float]) -> float:
+    value = Counter(values).most_common(1)[0][0]
+    return int(value) if value == int(value) else value
+
+
+def _number(value: object, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise AdapterFileError(f"{where}: {key[:100]!r} is {str(value)[:40]!r}, expected a finite number")
+    return value
+
+
+def _expression(key: str, where: str) -> re.Pattern[str]:
+    quantifiers = key.count("*") + key.count("+")
+    if not _TAME.fullmatch(key) or _REPEATED_GROUP.search(key) or quantifiers > 4:
+        raise AdapterFileError(f"{where}: the key {key[:60]!r} is not a layer name, and no pattern that is safe to run")
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise AdapterFileError(f"{where}: the key {key[:60]!r} is not a valid pattern ({error})") from None
