@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_diffusion.adapter import Adapter as Adapter
     from lora_diffusion.adapter import LayerAdapter as LayerAdapter
+    from lora_diffusion.attachment import Attachment as Attachment
+    from lora_diffusion.attachment import attach as attach
     from lora_diffusion.errors import AdapterFileError as AdapterFileError
     from lora_diffusion.errors import AdapterMismatchError as AdapterMismatchError
     from lora_diffusion.errors import ConfigError as ConfigError
@@ -20,10 +22,18 @@ if TYPE_CHECKING:
     from lora_diffusion.errors import TargetError as TargetError
     from lora_diffusion.formats.files import load_adapter as load_adapter
     from lora_diffusion.formats.files import save_adapter as save_adapter
+    from lora_diffusion.methods.lora import LoRA as LoRA
+    from lora_diffusion.stack import AdapterStack as AdapterStack
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "save_adapter": "formats.files",
+    "load_adapter": "formats.files",
+    "LoRA": "methods.lora",
+    "attach": "attachment",
+    "Attachment": "attachment",
+    "AdapterStack": "stack",
     "Adapter": "adapter",
     "AdapterFileError": "errors",
     "AdapterMismatchError": "errors",

@@ -11,12 +11,21 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_diffusion.errors import AdapterFileError, some
+
+
+class Digest(Protocol):
+    """What hashlib's objects can do."""
+
+    def update(self, data: bytes, /) -> None:
+        """Feed bytes."""
+        ...
+
 
 AlphaSource = Literal["tensor", "metadata", "assumed", "none"]
 
@@ -171,6 +180,6 @@ def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
     return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs)
 
 
-def _update(digest: hashlib._Hash, key: str, tensor: Tensor) -> None:
+def _update(digest: Digest, key: str, tensor: Tensor) -> None:
     digest.update(f"{key}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes())

@@ -1,0 +1,149 @@
+"""Put trainable slots on a model and take them off: the low level, to train by hand.
+
+attachment = attach(unet, LoRA(rank=16), targets="attention")
+optimizer = torch.optim.AdamW(attachment.parameters(), lr=1e-4)
+...
+save_adapter(attachment.adapter("my style"), "style.safetensors")
+attachment.detach()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapter import Adapter, LayerAdapter
+from lora_diffusion.errors import AdapterMismatchError, TargetError, some
+from lora_diffusion.lora import Slot, place, slot_of, take_off
+from lora_diffusion.methods import METHODS, Method
+from lora_diffusion.methods.lora import LoRA
+from lora_diffusion.targets import Targets, find_targets
+
+NAME = "training"  # what a slot calls the adapter that is being trained
+
+
+class Attachment:
+    """Trainable slots on one model. Everything else of the model is frozen until `detach`."""
+
+    def __init__(self, model: nn.Module, component: str, slots: dict[str, Slot], alphas: dict[str, float]) -> None:
+        self.model, self.component, self.slots = model, component, slots
+        self._alphas = alphas
+        self._was_trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All `down` and `up`, float32, in the model's order."""
+        return [p for slot in self.slots.values() for p in (slot.down, slot.up)]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """("<layer>.down" or "<layer>.up", parameter)."""
+        for name, slot in self.slots.items():
+            yield f"{name}.down", slot.down
+            yield f"{name}.up", slot.up
+
+    def weigh(self, weight: float) -> None:
+        """Turn what is being trained to another strength; 0 makes the model its own frozen teacher."""
+        for slot in self.slots.values():
+            slot.weigh({NAME: weight})
+
+    def adapter(self, name: str, *, dtype: torch.dtype = torch.float32) -> Adapter:
+        """A copy of the trained tensors in the neutral form."""
+        layers = {layer: _layer_adapter(slot, self._alphas[layer], dtype) for layer, slot in self.slots.items()}
+        return Adapter(name, {self.component: layers})
+
+    def load(self, adapter: Adapter) -> None:
+        """Copy an adapter's tensors into the slots. AdapterMismatchError unless layers and shapes are the same."""
+        theirs = adapter.layers.get(self.component, {})
+        if theirs.keys() != self.slots.keys():
+            odd = sorted(theirs.keys() ^ self.slots.keys())
+            raise AdapterMismatchError(
+                f"adapter {adapter.name!r} and the model differ in {self.component}: {some(odd)}"
+            )
+        with torch.no_grad():
+            for name, slot in self.slots.items():
+                tensors = theirs[name].tensors
+                slot.down.copy_(tensors["down"].reshape(slot.down.shape))
+                slot.up.copy_(tensors["up"].flatten(1).t())
+
+    def detach(self) -> None:
+        """Take every slot off; module tree, hooks and `requires_grad` flags are as before `attach`."""
+        for layer in self._layers().values():
+            take_off(layer)
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(True)
+        self.slots = {}
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return f"Attachment({self.component}: {len(self.slots)} layers, {count:,} trainable parameters)"
+
+    def _layers(self) -> dict[str, nn.Module]:
+        return {name: self.model.get_submodule(name) for name in self.slots}
+
+
+def attach(
+    model: nn.Module,
+    method: Method | None = None,
+    targets: Targets = "attention",
+    *,
+    component: str = "unet",
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Attachment:
+    """Freeze `model` and put fresh trainable slots on its target layers; nothing it computes changes.
+
+    `dropout` is a probability on the rank axis. Raises TargetError for an unmatched target and for a layer
+    that has a slot already; then nothing has changed.
+    """
+    method = LoRA() if method is None else method
+    layers = find_targets(model, targets)
+    if taken := [name for name, layer in layers.items() if slot_of(layer) is not None]:
+        raise TargetError(f"{some(taken)} of {type(model).__name__} carry adapters already; take them off first")
+    if unfit := [name for name, layer in layers.items() if not method.supports(layer)]:
+        raise TargetError(f"method {method.name!r} is not defined on {some(unfit)} of {type(model).__name__}")
+    fresh = {name: method.fresh(layer, generator) for name, layer in layers.items()}
+    slots = {name: Slot(layers[name], [method.pair(NAME, new)], trainable=True) for name, new in fresh.items()}
+    attachment = Attachment(model, component, slots, {name: new.alpha or 0.0 for name, new in fresh.items()})
+    model.requires_grad_(False)
+    for name, slot in slots.items():
+        slot.dropout = dropout
+        place(layers[name], slot)
+    return attachment
+
+
+def check_layers(component: str, layers: Mapping[str, LayerAdapter], model: nn.Module) -> list[str]:
+    """What does not fit, one sentence a layer: unknown methods' tensors, missing halves, wrong shapes."""
+    return [
+        f"{component} {name}: {fault}"
+        for name, adapter in layers.items()
+        if (fault := _fault(adapter, model.get_submodule(name)))
+    ]
+
+
+def _fault(adapter: LayerAdapter, layer: nn.Module) -> str | None:
+    method = METHODS[adapter.method]
+    if missing := [key for key, required in method.tensors.items() if required and key not in adapter.tensors]:
+        return f"{some(missing)} missing from the {adapter.method} tensors"
+    if extra := [key for key in adapter.tensors if key not in method.tensors]:
+        return f"{some(extra)} not among the {adapter.method} tensors"
+    if not method.supports(layer):
+        return f"a {type(layer).__name__} takes no {adapter.method}"
+    return method.check(adapter, layer)
+
+
+def _layer_adapter(slot: Slot, alpha: float, dtype: torch.dtype) -> LayerAdapter:
+    down, up = slot.down.detach(), slot.up.detach().t()
+    if slot.convolution is not None:
+        up = up[:, :, None, None]
+    tensors: dict[str, Tensor] = {"down": down, "up": up}
+    return LayerAdapter(
+        "lora", {k: t.to("cpu", dtype, copy=True).contiguous() for k, t in tensors.items()}, alpha, "tensor"
+    )

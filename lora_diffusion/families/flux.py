@@ -1,0 +1,71 @@
+"""FLUX.1: a flow-matching transformer over packed 2x2 latent patches, CLIP pooled and T5 token states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from lora_diffusion.families import Conditioning, Process
+
+GUIDANCE = 1.0  # what guidance-distilled transformers are trained at (kohya, ai-toolkit and Diffusers scripts)
+
+
+class Flux:
+    """FLUX.1 dev and schnell, and models built the same way."""
+
+    name = "flux"
+    process: Process = "flow"
+    denoiser = "transformer"
+    text_encoders = ("text_encoder", "text_encoder_2")
+
+    def matches(self, pipe: Any) -> bool:
+        """Any pipeline over a FluxTransformer2DModel."""
+        return type(getattr(pipe, "transformer", None)).__name__ == "FluxTransformer2DModel"
+
+    def encode_prompts(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+        """{"states": (n, tokens, width), "pooled": (n, width)}"""
+        length = min(512, pipe.tokenizer_2.model_max_length)
+        states, pooled, _ = pipe.encode_prompt(
+            prompts, None, device=pipe.text_encoder.device, max_sequence_length=length
+        )
+        return {"states": states, "pooled": pooled}
+
+    def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
+        """(mode - shift_factor) * scaling_factor."""
+        vae = pipe.vae
+        latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """`time` is sigma in [0, 1]; the answer is the velocity noise - latents."""
+        batch, channels, height, width = noisy.shape
+        place: dict[str, Any] = {"device": noisy.device, "dtype": noisy.dtype}
+        packed = FluxPipeline._pack_latents(noisy, batch, channels, height, width)  # pyright: ignore[reportPrivateUsage]
+        ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **place)  # pyright: ignore[reportPrivateUsage]
+        states = conditioning["states"]
+        answer = denoiser(
+            hidden_states=packed,
+            timestep=time.to(noisy.dtype),
+            guidance=torch.full((batch,), GUIDANCE, **place) if _is_guided(denoiser) else None,
+            pooled_projections=conditioning["pooled"],
+            encoder_hidden_states=states,
+            txt_ids=torch.zeros(states.shape[1], 3, **place),
+            img_ids=ids,
+        ).sample
+        return _unpack(answer, height, width)
+
+
+def _is_guided(denoiser: Any) -> bool:
+    return bool(denoiser.config.guidance_embeds)
+
+
+def _unpack(packed: Tensor, height: int, width: int) -> Tensor:
+    """(n, h/2 · w/2, 4 c) -> (n, c, h, w); the inverse of Diffusers' `_pack_latents`."""
+    patches = packed.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(packed.shape[0], -1, height, width)
+
+
+FLUX = Flux()

@@ -1,0 +1,64 @@
+"""What can be adapted: linear layers of any precision and plain 2-D convolutions, and their geometry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it maps `in_features` to `out_features` by a weight: nn.Linear, Linear4bit, Linear8bitLt, GGUF, …"""
+    weighty = isinstance(getattr(layer, "weight", None), Tensor)
+    return weighty and isinstance(getattr(layer, "in_features", None), int) and hasattr(layer, "out_features")
+
+
+def is_convolution(layer: nn.Module) -> bool:
+    """Whether it is a 2-D convolution whose low-rank form is two convolutions: zero padding, one group."""
+    return isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+
+
+def frozen_weight(layer: nn.Module) -> Tensor:
+    """The layer's weight as it is stored (packed bytes for 4-bit layers)."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def kernel_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Shape of one row of `down`: (in,) or (in, kh, kw), whatever the packing of the weight."""
+    if isinstance(layer, nn.Conv2d):
+        return (layer.in_channels, *layer.kernel_size)
+    assert isinstance(layer.in_features, int)
+    return (layer.in_features,)
+
+
+def out_width(layer: nn.Module) -> int:
+    """Output features or channels."""
+    width = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+    assert isinstance(width, int)
+    return width
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """(out, in) or (out, in, kh, kw), whatever the packing of the weight."""
+    return (out_width(layer), *kernel_shape(layer))
+
+
+def convolution_arguments(layer: nn.Module) -> dict[str, Any] | None:
+    """Keyword arguments of `F.conv2d` for a convolution's `down`; None for linear layers."""
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    return {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The floating dtype a layer computes in; a 4-bit or 8-bit layer says so itself or by its bias."""
+    weight = frozen_weight(layer)
+    if weight.is_floating_point():
+        return weight.dtype
+    declared, bias = getattr(layer, "compute_dtype", None), getattr(layer, "bias", None)
+    if isinstance(declared, torch.dtype):
+        return declared
+    return bias.dtype if isinstance(bias, Tensor) else torch.float32

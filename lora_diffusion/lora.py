@@ -1,0 +1,210 @@
+"""READ FIRST: the formula, the low-rank pair, the slot.
+
+A frozen layer W with adapters i = 1..N computes (Hu et al. 2021, arXiv 2106.09685, eq. 3, N times)
+
+    y = W x + B diag(g) A x          A = rows of all A_i     `down` (R, in), R = sum of the ranks
+                                     B = columns of all B_i  `up`   (R, out), stored row by rank
+                                     g = weight_i * scale_i  `gate` (R,), scale = alpha / rank
+
+            x ──┬── W (frozen, any precision) ──┬── y
+                └── down ── · g ── up ──────────┘
+
+All that can be turned while a pipeline runs is a value of g. One sum, two exact ways to compute it:
+
+    branch            out + ((x downᵀ) · g) up            few tokens, 4-bit weights, training, gates per token
+    transient merge   x (W + upᵀ diag(g) down)ᵀ           many tokens: T · (in + out) > in · out
+
+A `Slot` is a child module `adapters` of the frozen layer plus two hooks on it. The layer keeps its class,
+its weights and whatever else patches its `forward`; taking the slot off leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape
+
+SLOT = "adapters"  # name of the child module on a frozen layer
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One adapter's low-rank pair on one layer: `down` (rank, in[, kh, kw]), `up` (out, rank[, 1, 1])."""
+
+    name: str
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of `down`."""
+        return self.down.shape[0]
+
+
+class Slot(nn.Module):
+    """What sits on one frozen layer: the packed pairs of every adapter on it, and their gate."""
+
+    down: nn.Parameter  # (R, in[, kh, kw])
+    up: nn.Parameter  # (R, out)
+    gate: Tensor  # float32: (R,), (batch, 1, R) or (batch, tokens, R)
+
+    def __init__(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False) -> None:
+        super().__init__()
+        self.convolution = convolution_arguments(layer)
+        self.dropout = 0.0  # probability, on the rank axis, while training
+        self.hooks: tuple[RemovableHandle, ...] = ()
+        self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
+        self.pack(layer, pairs, trainable=trainable)
+
+    def pack(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False) -> None:
+        """Hold these pairs and no others, each at weight 1; trainable ones in float32."""
+        dtype = torch.float32 if trainable else compute_dtype(layer)
+        device = frozen_weight(layer).device
+        downs = [pair.down.reshape(pair.rank, *kernel_shape(layer)).to(device, dtype) for pair in pairs]
+        ups = [pair.up.reshape(-1, pair.rank).t().to(device, dtype) for pair in pairs]
+        self.down = nn.Parameter(torch.cat(downs), requires_grad=trainable)
+        self.up = nn.Parameter(torch.cat(ups), requires_grad=trainable)
+        self.pairs = tuple((pair.name, pair.rank, pair.scale) for pair in pairs)
+        self.weigh({})
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Set the gate from one number an adapter (1 where none is given)."""
+        self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.pairs)
+        rows = [w * scale for w, (_, rank, scale) in zip(self.weights, self.pairs, strict=True) for _ in range(rank)]
+        self.register_buffer("gate", torch.tensor(rows, device=self.down.device), persistent=False)
+        self.idle = not any(rows)  # then the layer is left alone, bit for bit
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """`out` (the frozen layer's output for `x`) with all adapters added."""
+        gate = self.gate
+        if self.training and self.dropout:
+            gate = gate * self._keep(x) / (1 - self.dropout)
+        if self.convolution is not None:
+            return _add_convolution(x, out, self.down, self.up, gate, self.convolution)
+        if torch.is_grad_enabled() and (x.requires_grad or self.down.requires_grad):
+            return out + _LowRank.apply(x, self.down, self.up, gate).to(out.dtype)
+        return _add_linear(x, out, self.down.to(x), self.up.to(x), gate.to(x.device))
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """weight + upᵀ diag(gate) down, rounded once, in the weight's dtype and shape."""
+        gated = (self.up.t() * self.gate).to(weight.dtype)
+        return torch.addmm(weight.flatten(1), gated, self.down.flatten(1).to(weight.dtype)).view_as(weight)
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook: where merging pays, let the merged weight stand in for the frozen one during this call."""
+        if not self.idle and self._merging_pays(layer, _input(args, kwargs)):
+            self.kept.append(frozen_weight(layer))
+            layer._parameters["weight"] = self.merged(self.kept[-1])  # type: ignore[assignment]
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """Hook, called even when the layer raised: put the frozen weight back, or add the branch."""
+        if self.kept:
+            layer._parameters["weight"] = self.kept.pop()  # type: ignore[assignment]
+            return out
+        return out if self.idle or out is None else self(_input(args, kwargs), out)
+
+    def extra_repr(self) -> str:
+        """`'style' rank 16 at 0.8, …`"""
+        rows = zip(self.pairs, self.weights, strict=True)
+        return ", ".join(f"{name!r} rank {rank} at {weight:g}" for (name, rank, _), weight in rows)
+
+    def _keep(self, x: Tensor) -> Tensor:
+        tokens = (x.shape[0], 1) if self.convolution is not None else x.shape[:-1]
+        return torch.rand(*tokens, self.down.shape[0], device=x.device) >= self.dropout
+
+    def _merging_pays(self, layer: nn.Module, x: Tensor) -> bool:
+        weight = layer._parameters.get("weight")
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gate.dim() > 1 or weight is None:
+            return False
+        if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
+            return False  # 4-bit, offloaded or tied up otherwise
+        if weight.dtype == torch.float16 and weight.device.type == "cpu":
+            return False  # float16 matrix products are slow there
+        out, width = weight.shape[0], weight[0].numel()
+        how = self.convolution
+        tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
+        return tokens * (width + out) > width * out
+
+
+class _LowRank(torch.autograd.Function):
+    """((x downᵀ) · gate) up. Saves x alone and casts the factors to x's dtype; x downᵀ is made again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, down, up, gate)
+        return _gated(F.linear(x, down.to(x.dtype)), gate) @ up.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, down, up, gate = ctx.saved_tensors
+        x = x.to(grad.dtype)  # they differ under autocast
+        hidden = _gated(F.linear(x, down.to(x.dtype)), gate)
+        inner = _gated(F.linear(grad, up.to(x.dtype)), gate)
+        grad_up = (hidden.flatten(0, -2).t() @ grad.flatten(0, -2)).to(up.dtype)
+        grad_down = (inner.flatten(0, -2).t() @ x.flatten(0, -2)).to(down.dtype)
+        grad_x = inner @ down.to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_down, grad_up, None
+
+
+def _gated(hidden: Tensor, gate: Tensor) -> Tensor:
+    return (hidden * gate).to(hidden.dtype)  # the gate is float32: one rounding
+
+
+def _add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    hidden = _gated(F.linear(x, down), gate)
+    if out.dtype != hidden.dtype or not out.is_contiguous() or out.requires_grad:
+        return out + (hidden @ up).to(out.dtype)
+    out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up)
+    return out
+
+
+def _add_convolution(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor, how: dict[str, Any]) -> Tensor:
+    hidden = F.conv2d(x, down.to(x), **how)  # (batch, R, height, width)
+    columns = gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device)
+    columns = columns.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
+    columns = columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, hidden.shape[-2:])
+    return out + F.conv2d(_gated(hidden, columns), up.to(x).t()[:, :, None, None]).to(out.dtype)
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def place(layer: nn.Module, slot: Slot) -> None:
+    """Put `slot` on `layer`: a child module and two hooks."""
+    if hasattr(layer, SLOT):
+        raise RuntimeError(f"{type(layer).__name__} has something called {SLOT!r} already")
+    layer.add_module(SLOT, slot)
+    slot.hooks = (
+        layer.register_forward_pre_hook(slot.before, with_kwargs=True),
+        layer.register_forward_hook(slot.after, with_kwargs=True, always_call=True),
+    )
+
+
+def take_off(layer: nn.Module) -> Slot:
+    """Remove the layer's slot and return it; hooks and module tree are as before it came."""
+    slot = slot_of(layer)
+    assert slot is not None
+    delattr(layer, SLOT)
+    for hook in slot.hooks:
+        hook.remove()
+    slot.hooks = ()
+    return slot
+
+
+def slot_of(layer: nn.Module) -> Slot | None:
+    """The slot on a layer, if there is one."""
+    slot = getattr(layer, SLOT, None)
+    return slot if isinstance(slot, Slot) else None

@@ -1,0 +1,162 @@
+"""TrainConfig: everything a training run can be told, from one TOML file.
+
+    name = "ink"
+    base = "samples/base"            # Diffusers folder or hub id
+    output = "runs/ink"              # checkpoints, adapter, report
+
+    [data]
+    folder = "samples/packs/ink"
+
+An unknown setting is an error that names the nearest known one. `train.steps=10` on the command line
+overrides `steps` under `[train]`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_diffusion.errors import ConfigError, did_you_mean
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Pictures and captions."""
+
+    folder: Path
+    """Pictures with captions beside them (`NAME.txt`, `metadata.jsonl`, …)."""
+    heldout: Path | float = 0.1
+    """A folder of pictures that are never trained on, or the share of `folder` to hold out (0 to 0.5)."""
+    resolution: int = Field(512, ge=16, multiple_of=8)
+    """Pixels; pictures are brought to buckets of about this area."""
+    trigger: str = ""
+    """Put in front of every caption."""
+    caption_dropout: float = Field(0.05, ge=0, le=1)
+    """Probability of training a picture without caption (keeps classifier-free guidance working)."""
+    flip: bool = False
+    """Mirror half of the pictures."""
+    skip_bad: bool = False
+    """Go on without pictures that cannot be read, instead of listing them and stopping."""
+
+
+class AdapterConfig(_Section):
+    """What is trained."""
+
+    method: str = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: float | None = None
+    """None: the rank, so that the scale is 1."""
+    targets: str | list[str] = "attention"
+    """Preset ("attention", "attention-qv", "attention+ff", "all-linear", "…+conv"), glob, or a list."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """On the rank axis."""
+    save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    format: str = "diffusers"
+
+
+class BackboneConfig(_Section):
+    """The frozen model underneath."""
+
+    precision: Precision = "nf4"
+    """Linear layers of the denoiser; what stays in 16 bits is listed when training starts."""
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class LoopConfig(_Section):
+    """How long and how fast."""
+
+    steps: int = Field(800, ge=1)
+    batch: int = Field(4, ge=1)
+    accumulate: int = Field(1, ge=1)
+    """Batches added up for one optimiser step."""
+    lr: float = Field(1e-4, gt=0)
+    warmup: int = Field(20, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints; Ctrl-C writes one as well."""
+    seed: int = 0
+
+
+class TrainConfig(_Section):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[^/\\\x00-\x1f]+$")
+    base: str
+    output: Path
+    data: DataConfig
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig.model_construct)
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig.model_construct)
+    train: LoopConfig = Field(default_factory=LoopConfig.model_construct)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+        """Read a TOML file. `overrides` are `key=value` with dotted keys; paths are taken from where you are."""
+        path = Path(path)
+        if not path.is_file():
+            raise ConfigError(f"no configuration file {path}")
+        try:
+            settings = tomllib.loads(path.read_text("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        for override in overrides:
+            _override(settings, override)
+        return cls.parse(settings, str(path))
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any], source: str = "settings") -> TrainConfig:
+        """From nested dictionaries. ConfigError names the setting, what was found and what was expected."""
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is no setting; expected key=value such as train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # bare words are strings
+    *sections, last = key.split(".")
+    inner: Any = settings
+    for section in sections:
+        inner = inner.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {section!r} is a setting, not a section")
+    inner[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {where!r}{did_you_mean(where, _known_settings())}"
+    if first["type"] == "missing":
+        return f"setting {where!r} is missing"
+    return f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _known_settings() -> list[str]:
+    known: list[str] = []
+    for name, field in TrainConfig.model_fields.items():
+        section = field.annotation
+        inner = section.model_fields if isinstance(section, type) and issubclass(section, _Section) else None
+        known += [f"{name}.{key}" for key in inner] if inner else [name]
+    return known
