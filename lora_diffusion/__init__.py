@@ -42,8 +42,6 @@ _HOMES = {
     "LayerAdapter": "adapter",
     "LoraDiffusionError": "errors",
     "TargetError": "errors",
-    "load_adapter": "formats.files",
-    "save_adapter": "formats.files",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

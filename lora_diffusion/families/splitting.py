@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ _OWNERS: dict[str, tuple[str, ...]] = {
 def split_rows(layer: LayerAdapter, widths: list[int], name: str) -> list[LayerAdapter]:
     """One adapter for each run of `widths` output rows. AdapterMismatchError where that cannot be exact."""
     ends = torch.tensor([0, *widths]).cumsum(0).tolist()
-    runs = zip(ends, ends[1:], strict=False)
+    runs = list(pairwise(ends))
     if layer.method == "lokr":
         return [_kronecker_run(layer, start, stop, ends[-1], name) for start, stop in runs]
     _check_rows(layer, ends[-1], name)

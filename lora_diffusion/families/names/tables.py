@@ -131,6 +131,24 @@ HUNYUAN_VIDEO = {
     f"{_TXT_IN}.mlp.2": f"{_REFINER}.{{}}.ff.net.2",
     f"{_TXT_IN}.adaLN_modulation.1": f"{_REFINER}.{{}}.norm_out.linear",
     "txt_in.input_embedder": "context_embedder.proj_in",
+    **{
+        f"txt_in.{original}": f"context_embedder.time_text_embed.{layer}"
+        for original, layer in {
+            "t_embedder.mlp.0": "timestep_embedder.linear_1",
+            "t_embedder.mlp.2": "timestep_embedder.linear_2",
+            "c_embedder.linear_1": "text_embedder.linear_1",
+            "c_embedder.linear_2": "text_embedder.linear_2",
+        }.items()
+    },
+    **{
+        f"{ours}.{original}": f"time_text_embed.{theirs}.linear_{number}"
+        for ours, theirs, layers in (
+            ("time_in", "timestep_embedder", ("mlp.0", "mlp.2")),
+            ("guidance_in", "guidance_embedder", ("mlp.0", "mlp.2")),
+            ("vector_in", "text_embedder", ("in_layer", "out_layer")),
+        )
+        for number, original in enumerate(layers, 1)
+    },
     "img_in.proj": "x_embedder.proj",
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
