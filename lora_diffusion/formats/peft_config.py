@@ -57,7 +57,7 @@ class _Pattern:
     """Pattern -> number, as PEFT looks it up, in time linear in the number of layers."""
 
     def __init__(self, table: object, where: str) -> None:
-        self._literal: dict[str, tuple[int, bool, float]] = {}  # name -> (order, anchored at the start, value)
+        self._literal: dict[tuple[str, bool], tuple[int, float]] = {}  # (name, anchored at the start) -> (order, value)
         self._others: list[tuple[int, re.Pattern[str], float]] = []
         if table is not None and not isinstance(table, dict):
             raise AdapterFileError(f"{where} is not a table of layer names and numbers")
@@ -65,20 +65,15 @@ class _Pattern:
             number = _number(value, key, where)
             if _LITERAL.fullmatch(key):
                 name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-                self._literal.setdefault(name, (order, key.startswith("^"), number))
+                self._literal.setdefault((name, key.startswith("^")), (order, number))
             else:
                 self._others.append((order, _expression(key, where), number))
 
     def get(self, layer: str, default: float) -> float:
         """The number of the first key that matches `layer`."""
         words = layer.split(".")
-        endings = [".".join(words[start:]) for start in range(len(words))]
-        hits = [
-            (order, value)
-            for ending in endings
-            for order, anchored, value in [self._literal.get(ending, (-1, False, 0.0))]
-            if order >= 0 and not (anchored and ending != layer)
-        ]
+        endings = [(".".join(words[start:]), False) for start in range(len(words))]
+        hits = [self._literal[key] for key in [(layer, True), *endings] if key in self._literal]
         hits += [(order, value) for order, expression, value in self._others if expression.match(layer[:1000])]
         return min(hits)[1] if hits else default
 
@@ -131,7 +126,7 @@ def _commonest(values: Iterable[float]) -> float:
 def _number(value: object, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise AdapterFileError(f"{where}: {key[:100]!r} is {str(value)[:40]!r}, expected a finite number")
-    return value
+    return float(value)
 
 
 def _expression(key: str, where: str) -> re.Pattern[str]:
