@@ -92,7 +92,9 @@ class IconSets:
         if icon is None:
             return None
         width, height = icon.get("width", book["width"]), icon.get("height", book["height"])
-        return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}" width="{SIZE}" height="{SIZE}">{icon["body"]}</svg>'
+        names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        box = f'viewBox="0 0 {width} {height}" width="{SIZE}" height="{SIZE}"'
+        return f"<svg {names} {box}>{icon['body']}</svg>"
 
     def _book(self, style: str) -> dict:
         if style not in self._icons:

@@ -31,7 +31,9 @@ def main() -> None:
     pictures, labels, styles, chosen = (np.array(column) for column in zip(*rows, strict=True))
     np.savez_compressed(work / "pictures.npz", pictures=pictures, labels=labels, styles=styles, listed=chosen)
     for style in BASE_STYLES:
-        print(f"{style:8} {np.sum(styles == style):5} pictures, {np.sum(chosen & (styles == style)):4} of listed things")
+        print(
+            f"{style:8} {np.sum(styles == style):5} pictures, {np.sum(chosen & (styles == style)):4} of listed things"
+        )
 
 
 if __name__ == "__main__":

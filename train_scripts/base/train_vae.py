@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from resumable import Run
+from resumable import Run, cosine
 from torch import Tensor
 
-CROPS, WHOLE = 84_000, 24_000  # samples in the two phases
+CROPS, WHOLE = 84_000, 15_000  # samples in the two phases
 CHROMA = torch.tensor([[0.5, -0.419, -0.081], [-0.169, -0.331, 0.5]])  # rows: Cr, Cb
 
 
@@ -90,7 +90,8 @@ def main() -> None:
     torch.manual_seed(0)
     pictures = load_pictures(args.work, device)
     vae = build().to(device)
-    run = Run(args.work / "vae.state", vae, lr=2e-3, samples=CROPS + WHOLE, batch=32)
+    total = CROPS + WHOLE
+    run = Run(args.work / "vae.state", vae, lr=2e-3, samples=total, batch=32, rate=cosine(total))
 
     def loss_of(count: int, random: torch.Generator) -> Tensor:
         crops = run.seen < CROPS
