@@ -23,6 +23,9 @@ from lora_diffusion.errors import AdapterFileError
 #: where Diffusers (0.34 and later) keeps the LoraConfig of every component, as one flat JSON table
 METADATA_KEY = "lora_adapter_metadata"
 
+#: where `load_adapter` puts the text of a PEFT folder's `adapter_config.json`
+SIDECAR_KEY = "adapter_config.json"
+
 _LITERAL = re.compile(r"\^?[\w.\\-]+\$?")
 _TAME = re.compile(r"[\w.\\|^$*+\[\]()?:-]{1,400}")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -82,17 +85,32 @@ def scales_of(metadata: Mapping[str, str]) -> dict[str, Scales]:
     """component -> scales from `lora_adapter_metadata`; empty where the file has none."""
     if METADATA_KEY not in metadata:
         return {}
-    try:
-        table = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"metadata {METADATA_KEY!r} is damaged JSON ({str(error)[:100]})") from None
-    if not isinstance(table, dict):
-        raise AdapterFileError(f"metadata {METADATA_KEY!r} is not a JSON object")
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in cast("dict[str, Any]", table).items():
+    for key, value in _json(metadata[METADATA_KEY], f"metadata {METADATA_KEY!r}").items():
         component, _, setting = key.partition(".")
         configs.setdefault(component, {})[setting] = value
     return {component: Scales(config, f"{METADATA_KEY} {component}") for component, config in configs.items()}
+
+
+def sidecar_scales(metadata: Mapping[str, str]) -> Scales | None:
+    """Scales from the `adapter_config.json` of a PEFT folder, which speaks of one component; None without one."""
+    if SIDECAR_KEY not in metadata:
+        return None
+    config = _json(metadata[SIDECAR_KEY], "adapter_config.json")
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterFileError(f"adapter_config.json: peft_type is {str(kind)[:40]!r}, expected 'LORA'")
+    return Scales(config, "adapter_config.json")
+
+
+def _json(text: str, where: str) -> dict[str, Any]:
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{where} is damaged JSON ({str(error)[:100]})") from None
+    if not isinstance(table, dict):
+        raise AdapterFileError(f"{where} is not a JSON object")
+    return cast("dict[str, Any]", table)
 
 
 def config_of(layers: Mapping[str, LayerAdapter], suffix_keys: bool = False) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from lora_diffusion import Adapter, TargetError, save_adapter
 from lora_diffusion.formats import FORMATS
 from tests.formats import random_adapters
 
+WRITERS = [name for name in FORMATS if FORMATS[name].writes and name != "embedding"]
 
-@pytest.mark.parametrize("name", FORMATS)
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_what_is_dumped_is_recognised_and_loads_the_same(name: str, sd: StableDiffusionPipeline):
     adapter = random_adapters.over(sd, "unet", "text_encoder")
     tensors, metadata = FORMATS[name].dump(adapter)
@@ -21,7 +23,7 @@ def test_what_is_dumped_is_recognised_and_loads_the_same(name: str, sd: StableDi
     assert Adapter("again", parsed.layers, parsed.embeddings) == adapter
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITERS)
 def test_an_unknown_tensor_is_reported(name: str, sd: StableDiffusionPipeline):
     tensors, metadata = FORMATS[name].dump(random_adapters.over(sd, "unet"))
     parsed = FORMATS[name].load({**tensors, "../../etc/passwd": torch.ones(1)}, metadata)
