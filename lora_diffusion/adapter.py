@@ -126,7 +126,8 @@ class Adapter:
         digest = hashlib.sha256()
         for component, layers in sorted(_by_flat_name(self.layers).items()):
             for name, layer in sorted(layers.items()):
-                digest.update(f"{component}/{name}/{layer.method}/{layer.alpha}".encode())
+                alpha = None if layer.alpha is None else float(layer.alpha)
+                digest.update(f"{component}/{name}/{layer.method}/{alpha}".encode())
                 for key, tensor in sorted(layer.tensors.items()):
                     _update(digest, key, tensor)
         for token, vectors in sorted(self.embeddings.items()):

@@ -56,7 +56,9 @@ def _arguments(how: Drawing, count: int) -> dict[str, Any]:
     return arguments
 
 
-def recipe(prompt: str, seed: int, how: Drawing, base: str, precision: str | None, stack: AdapterStack) -> dict[str, Any]:
+def recipe(
+    prompt: str, seed: int, how: Drawing, base: str, precision: str | None, stack: AdapterStack
+) -> dict[str, Any]:
     """How a picture was made, as JSON can say it; adapters by content hash."""
     adapters = [
         {"name": name, "sha256": stack[name].content_hash, "weight": weight} for name, weight in stack.weights.items()

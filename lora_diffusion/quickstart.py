@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from lora_diffusion.data.examples import find_examples
+from lora_diffusion.data.pictures import open_picture
 from lora_diffusion.errors import AdapterMismatchError, ConfigError
 from lora_diffusion.generating import Drawing, draw
 from lora_diffusion.inspection.style import style_score
@@ -99,9 +101,7 @@ def _add_second(stack: AdapterStack, path: Path | None) -> str | None:
         return None  # made for the shipped base, and another one is in use
 
 
-def _grid(
-    plan: Plan, opened: Opened, stack: AdapterStack, style: str, second: str | None, listen: Listener
-) -> Path:
+def _grid(plan: Plan, opened: Opened, stack: AdapterStack, style: str, second: str | None, listen: Listener) -> Path:
     columns: list[tuple[str, float, float]] = [("base", 0, 0), ("style 0.5", 0.5, 0), ("style 1.0", 1, 0)]
     if second is not None:
         columns += [(f"{second} 1.0", 0, 1), (f"style 0.6 + {second} 0.6", 0.6, 0.6)]
@@ -121,14 +121,14 @@ def _grid(
     return path
 
 
-def _score(
-    plan: Plan, opened: Opened, stack: AdapterStack, style: str, listen: Listener
-) -> tuple[float, float, int]:
+def _score(plan: Plan, opened: Opened, stack: AdapterStack, style: str, listen: Listener) -> tuple[float, float, int]:
     """How far drawings of held-out things are from the base's way (0) to the pack's (1), before and after."""
     data = plan.config.data
-    truth = read_examples(data.folder)
-    heldout = read_examples(data.heldout) if isinstance(data.heldout, Path) else truth
-    things, plain = [e.caption for e in heldout], [e.caption for e in truth[:PLAIN]]
+    truth = find_examples(data.folder)
+    inside = data.heldout.resolve() if isinstance(data.heldout, Path) else None
+    heldout = [e for e in truth if inside and e.picture.resolve().is_relative_to(inside)] or truth
+    known = [e for e in truth if e not in heldout] or truth
+    things, plain = [e.caption for e in heldout], [e.caption for e in known[:PLAIN]]
     stage, total = "scoring the style", 2 * len(things) + len(plain)
     stack.weigh(style, 0.0)
     listen(stage, 0, total)
@@ -139,7 +139,7 @@ def _score(
     stack.weigh(style, 1.0)
     after = _draw(plan, opened, things)
     listen(stage, total, total)
-    references = [e.open() for e in truth]
+    references = [open_picture(e.picture) for e in known]
     return style_score(before, references, others), style_score(after, references, others), len(things)
 
 

@@ -26,7 +26,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     base: Base = "samples/base",
     adapter: Adapters = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG file; further pictures get -2, -3, …")] = Path("picture.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG file; further pictures get -2, -3, …")] = Path(
+        "picture.png"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures to draw.")] = 1,
     steps: Steps = 30,

@@ -12,7 +12,9 @@ from lora_diffusion.errors import ConfigError
 Base = Annotated[str, typer.Option("--base", "-b", help="Base model: Diffusers folder or hub id.")]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", "-a", metavar="FILE[:WEIGHT]", help="Adapter file and its weight (default 1); repeatable."),
+    typer.Option(
+        "--adapter", "-a", metavar="FILE[:WEIGHT]", help="Adapter file and its weight (default 1); repeatable."
+    ),
 ]
 Quantize = Annotated[
     Literal["fp32", "bf16", "fp16", "int8", "nf4"] | None,

@@ -30,6 +30,7 @@ class Format(Protocol):
     """One spelling of adapter files."""
 
     name: str
+    writes: bool  # False: `dump` refuses every adapter
 
     def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether a file with these tensor names and this metadata is in this spelling."""
@@ -48,7 +49,15 @@ class Format(Protocol):
 FORMATS: Registry[Format] = Registry(
     "formats",
     {
+        "cloneofsimo": "lora_diffusion.formats.cloneofsimo:CLONEOFSIMO",
+        "embedding": "lora_diffusion.formats.embeddings:EMBEDDING",
+        "xlabs": "lora_diffusion.formats.named:XLABS",
+        "attention-processors": "lora_diffusion.formats.named:ATTENTION_PROCESSORS",
+        "peft": "lora_diffusion.formats.named:PEFT",
         "diffusers": "lora_diffusion.formats.diffusers:DIFFUSERS",
         "kohya": "lora_diffusion.formats.kohya:KOHYA",
+        "comfy": "lora_diffusion.formats.comfy:COMFY",
+        "lycoris": "lora_diffusion.formats.named:LYCORIS",
+        "bare": "lora_diffusion.formats.named:BARE",
     },
 )

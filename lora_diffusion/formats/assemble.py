@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lora_diffusion.adapter import AlphaSource, LayerAdapter, same_layer
 from lora_diffusion.formats import Parsed
-from lora_diffusion.formats.keys import DENOISER, Key, denoiser_of, split
+from lora_diffusion.formats.embeddings import take_embeddings
+from lora_diffusion.formats.keys import DENOISER, Key, denoiser_of, is_flux, refused, split
 
 #: (component, layer, rank) -> alpha that the file's metadata gives that layer (rsLoRA folded in), None if silent
 AlphaOf = Callable[[str, str, int], float | None]
@@ -55,10 +56,11 @@ class _Group:
     methods: set[str] = field(default_factory=set)
 
 
-def assemble(tensors: Mapping[str, Tensor], alpha_of: AlphaOf, read: Callable[[str], Key | None] = split) -> Parsed:
+def assemble(tensors: Mapping[str, Tensor], alpha_of: AlphaOf = lambda *_: None) -> Parsed:
     """The neutral form of `tensors`. What is not a whole layer goes to `unused`, with the reason."""
     parsed = Parsed(layers={})
-    groups = _grouped(tensors, read, parsed)
+    parsed.embeddings, tensors = take_embeddings(tensors, parsed.unused)
+    groups = _grouped(tensors, parsed)
     for (component, _), group in groups.items():
         layer = _layer(component, group, alpha_of, parsed)
         if layer:
@@ -66,17 +68,16 @@ def assemble(tensors: Mapping[str, Tensor], alpha_of: AlphaOf, read: Callable[[s
     return parsed
 
 
-def _grouped(
-    tensors: Mapping[str, Tensor], read: Callable[[str], Key | None], parsed: Parsed
-) -> dict[tuple[str, str], _Group]:
-    names = {key: read(key) for key in tensors}
-    denoiser = _denoiser([name for name in names.values() if name])
+def _grouped(tensors: Mapping[str, Tensor], parsed: Parsed) -> dict[tuple[str, str], _Group]:
+    names = {key: split(key) for key in tensors}
+    components = _components([name for name in names.values() if name])
     groups: dict[tuple[str, str], _Group] = {}
     for key, name in names.items():
         if name is None:
-            parsed.unused[key] = "no adapter tensor is spelled like that"
+            what = refused(key)
+            parsed.unused[key] = f"it belongs to {what}" if what else "no adapter tensor is spelled like that"
             continue
-        component = denoiser if name.component == DENOISER else name.component
+        component = components.get(name.component, name.component)
         group = groups.setdefault((component, same_layer(name.layer)), _Group(name.layer))
         if name.part in group.parts:
             parsed.unused[key] = f"it says the same as {group.parts[name.part][0]!r}"
@@ -88,9 +89,15 @@ def _grouped(
     return groups
 
 
-def _denoiser(names: list[Key]) -> str:
-    said = {name.component for name in names} & {"unet", "transformer"}
-    return said.pop() if len(said) == 1 else denoiser_of([name.layer for name in names if name.component == DENOISER])
+def _components(names: list[Key]) -> dict[str, str]:
+    """What the components that a prefix leaves open are in this file."""
+    said = {name.component for name in names}
+    known = said & {"unet", "transformer"}
+    denoiser = [name.layer for name in names if name.component in (DENOISER, "transformer")]
+    found = {DENOISER: known.pop() if len(known) == 1 else denoiser_of(denoiser)}
+    if "text_encoder_3" in said and "text_encoder_2" not in said and is_flux(denoiser):
+        found["text_encoder_3"] = "text_encoder_2"  # kohya counts T5 third; FLUX has no CLIP-G before it
+    return found
 
 
 def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> LayerAdapter | None:
@@ -123,6 +130,8 @@ def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> s
     if len(methods - {"lora"} if method == "locon" else methods) > 1:
         return f"tensors of {' and '.join(sorted(methods))} on one layer"
     missing = min((whole - tensors.keys() for whole in _WHOLE[method]), key=len)
+    if method == "ia3" and "on_input" in missing:
+        return "a plain weight is no adapter's tensor"
     if missing:
         return f"{method} needs {', '.join(sorted(missing))} beside it, which is not in the file"
     empty = sorted(part for part, tensor in tensors.items() if tensor.numel() == 0)

@@ -37,6 +37,7 @@ class Diffusers:
     """Reads and writes what `pipe.save_lora_weights` writes and `pipe.load_lora_weights` reads."""
 
     name = "diffusers"
+    writes = True
 
     def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether any tensor has a component prefix and a PEFT suffix."""

@@ -19,8 +19,18 @@ from lora_diffusion.adapter import Adapter, LayerAdapter, flat, same_layer
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.assemble import assemble
+from lora_diffusion.formats.embeddings import bundled
 
-_STARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_prior_", "lora_transformer_")
+_STARTS = (
+    "lora_unet_",
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "lora_prior_",
+    "lora_transformer_",
+    "oft_unet_",
+)
 _PREFIXES = {
     "unet": "lora_unet_",
     "transformer": "lora_unet_",
@@ -47,6 +57,7 @@ class Kohya:
     """Reads and writes the files of sd-scripts and LyCORIS."""
 
     name = "kohya"
+    writes = True
 
     def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether any tensor has a flattened prefix."""
@@ -54,24 +65,22 @@ class Kohya:
 
     def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
         """The neutral form, under flattened names that the live model resolves; `ss_network_alpha` never scales."""
-        return assemble(tensors, lambda *_: None)
+        return assemble(tensors)
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata. AdapterFileError for what has no kohya name: tokens, other components or methods."""
         who = f"adapter {adapter.name!r}"
-        if adapter.embeddings:
-            raise AdapterFileError(f"{who}: the kohya spelling has no place for tokens ({some(adapter.embeddings)})")
         homeless = sorted(adapter.layers.keys() - _PREFIXES.keys())
         if homeless:
             raise AdapterFileError(f"{who}: the kohya spelling has no name for {some(homeless)}")
         only = "text_encoder_2" not in adapter.layers and "text_encoder_3" not in adapter.layers
         prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if only else _PREFIXES
-        tensors: dict[str, Tensor] = {}
+        tensors = bundled(adapter.embeddings, who)
         for component, name, layer in adapter:
             path = prefixes[component] + _body(component, name)
             if f"{path}.alpha" in tensors:
                 raise AdapterFileError(f"{who}: two layers of {component} flatten to {path!r}; {name!r} is one")
-            tensors |= _tensors(path, layer, who)
+            tensors |= layer_tensors(path, layer, who)
         return tensors, dict(adapter.metadata)
 
 
@@ -81,7 +90,8 @@ def _body(component: str, name: str) -> str:
     return flat(name)
 
 
-def _tensors(path: str, layer: LayerAdapter, who: str) -> dict[str, Tensor]:
+def layer_tensors(path: str, layer: LayerAdapter, who: str) -> dict[str, Tensor]:
+    """One layer under the LyCORIS suffixes. AdapterFileError for a method or tensor without one."""
     suffixes = _SUFFIXES.get(layer.method, {})
     unsayable = sorted(layer.tensors.keys() - suffixes.keys())
     if unsayable:
