@@ -7,8 +7,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from lora_diffusion.quantize import (
@@ -105,7 +104,7 @@ def _inner(model: nn.Module) -> str:
     return next(name for name, layer in model.named_modules() if is_quantized(layer))
 
 
-def test_gradient_reaches_the_input_of_a_quantisedtiny.unet() -> None:
+def test_gradient_reaches_the_input_of_a_quantised_unet() -> None:
     model = tiny.unet()
     quantize(model, "nf4", compute_dtype=torch.float32)
     x = torch.randn(1, 4, 16, 16, requires_grad=True)
