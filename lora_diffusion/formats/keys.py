@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[str, str]] = {
     "w_norm": ("norm", "w_norm"),
     "b_norm": ("norm", "b_norm"),
     "set_weight": ("set", "value"),
+    "scale": ("set", "value"),  # BFL's Control LoRAs carry whole query and key norms
     "reshape_weight": ("set", "shape"),
     "on_input": ("ia3", "on_input"),
     "weight": ("ia3", "weight"),
