@@ -68,6 +68,16 @@ class IconSets:
         entries = sorted((e for e in entries if e.get("group") not in (None, _FLAGS, _COMPONENTS)), key=_order)
         return {e["label"]: Thing(e["label"], e["hexcode"].lower(), tuple(e.get("tags", ()))) for e in entries}
 
+    def toned(self, thing: Thing) -> dict[int, Thing]:
+        """The person in each skin tone there is (emojibase: 1 light to 5 dark), under the plain label."""
+        return {tone: Thing(thing.label, code, thing.tags) for tone, code in self._skins.get(thing.label, {}).items()}
+
+    @cached_property
+    def _skins(self) -> dict[str, dict[int, str]]:
+        entries = json.loads((self.modules / EMOJIBASE[0] / "en" / "data.json").read_text("utf-8"))
+        single = {e["label"]: [s for s in e["skins"] if isinstance(s["tone"], int)] for e in entries if "skins" in e}
+        return {label: {s["tone"]: s["hexcode"].lower() for s in skins} for label, skins in single.items()}
+
     def render(self, thing: Thing, style: str) -> Image.Image | None:
         """The thing in that style, RGB on white, 64x64; None where the set does not draw it."""
         if style == "clay":

@@ -1,0 +1,1 @@
+"""Looking at adapters and pictures: coverage, spectra, conflicts, style."""
