@@ -166,6 +166,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether every element is a finite number (one pass, no copy of the tensor's size)."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # no reduction is defined on 8-bit floats
     low, high = torch.aminmax(tensor)  # both carry a NaN through
     return math.isfinite(low.item()) and math.isfinite(high.item())
 

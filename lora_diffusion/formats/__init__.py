@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
-from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.registry import Registry
+
+if TYPE_CHECKING:  # a header can be looked at without torch
+    from torch import Tensor
+
+    from lora_diffusion.adapter import Adapter, LayerAdapter
 
 
 @dataclass

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lora_diffusion.adapter import AlphaSource, LayerAdapter, same_layer
+from lora_diffusion.errors import AdapterFileError
 from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.embeddings import take_embeddings
 from lora_diffusion.formats.keys import DENOISER, Key, denoiser_of, is_flux, refused, split
@@ -45,6 +46,7 @@ _RANK: dict[str, tuple[tuple[str, int], ...]] = {
     "lokr": (("w2_b", 0), ("w1_b", 0)),
     "glora": (("a2", 0),),
 }
+_WHOLE_NUMBERS = ("on_input", "shape")
 
 
 @dataclass
@@ -104,7 +106,7 @@ def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> 
     parts = dict(group.parts)
     alpha = parts.pop("alpha", None)
     method = _method(group.methods, parts)
-    tensors = {part: tensor for part, (_, tensor) in parts.items()}
+    tensors = _with_magnitude({part: tensor for part, (_, tensor) in parts.items()})
     problem = _problem(group.methods, method, tensors)
     if problem:
         for key, _ in group.parts.values():
@@ -113,13 +115,32 @@ def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> 
     rank = _rank(method, tensors)
     if rank is None:  # the alpha of OFT is a constraint, that of a LoKr in full means nothing: kept, never a scale
         return LayerAdapter(method, tensors, *_stored(alpha, parsed))
-    return LayerAdapter(method, tensors, *_alpha(alpha, rank, alpha_of(component, group.layer, rank), parsed))
+    try:
+        said = alpha_of(component, group.layer, rank)
+    except AdapterFileError as error:
+        said = None
+        parsed.unused[next(iter(parts.values()))[0]] = str(error)
+    return LayerAdapter(method, tensors, *_alpha(alpha, rank, said, parsed))
+
+
+def _with_magnitude(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A magnitude for each output as (out,), one for each input as LyCORIS stores it, (1, in[, 1, 1]).
+
+    PEFT knows the first kind alone; LyCORIS writes (out, 1[, 1, 1]) or the second.
+    """
+    scale = tensors.pop("dora_scale", None)
+    if scale is not None:
+        by_input = scale.ndim > 1 and scale.shape[0] == 1 and scale.numel() > 1
+        tensors["magnitude"] = scale if by_input else scale.reshape(-1)
+    elif "magnitude" in tensors:
+        tensors["magnitude"] = tensors["magnitude"].reshape(-1)
+    return tensors
 
 
 def _method(methods: set[str], parts: Mapping[str, object]) -> str:
     if methods == {"lora", "locon"}:
         return "locon"
-    if methods == {"lora"} and "magnitude" in parts:
+    if methods == {"lora"} and ("magnitude" in parts or "dora_scale" in parts):
         return "dora"
     if not methods:
         return "full"
@@ -135,7 +156,23 @@ def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> s
     if missing:
         return f"{method} needs {', '.join(sorted(missing))} beside it, which is not in the file"
     empty = sorted(part for part, tensor in tensors.items() if tensor.numel() == 0)
-    return f"{', '.join(empty)} has no elements" if empty else None
+    if empty:
+        return f"{', '.join(empty)} has no elements"
+    whole = sorted(
+        part for part, tensor in tensors.items() if not (tensor.is_floating_point() or part in _WHOLE_NUMBERS)
+    )
+    if whole:
+        return (
+            f"{whole[0]} holds {str(tensors[whole[0]].dtype).removeprefix('torch.')}, expected floating-point numbers"
+        )
+    return _unlike_ranks(tensors) if "down" in tensors else None
+
+
+def _unlike_ranks(tensors: Mapping[str, Tensor]) -> str | None:
+    down, up = tensors["down"], tensors["up"]
+    if down.ndim >= 2 and up.ndim >= 2 and up.shape[1] == down.shape[0]:
+        return None
+    return f"down {tuple(down.shape)} and up {tuple(up.shape)} are no pair: expected (rank, in) and (out, rank)"
 
 
 def _rank(method: str, tensors: Mapping[str, Tensor]) -> int | None:

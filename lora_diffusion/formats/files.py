@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +18,10 @@ from lora_diffusion.formats import FORMATS, Format, container
 from lora_diffusion.formats.embeddings import UNNAMED
 from lora_diffusion.formats.keys import refused
 from lora_diffusion.formats.peft_config import SIDECAR_KEY
+from lora_diffusion.formats.provenance import carried, provenance
 
+#: what must be true of the file that is written, whatever an older file said
+_ALWAYS_NEW = ("ss_network_dim", "ss_network_alpha", "lora_diffusion.content_hash", "lora_diffusion.version")
 _MAX_SIDECAR = 4 << 20  # characters
 
 
@@ -57,14 +61,17 @@ def save_adapter(
 ) -> Path:
     """Write `adapter` as a safetensors file in the spelling `format`, whole or not at all; returns the path.
 
-    `metadata` is added to the adapter's own. AdapterFileError for an adapter without content or with values
-    that are not finite, for what the spelling cannot say, and for a file that exists unless `overwrite`.
-    TargetError for an unknown format.
+    The file says what it holds in the keys that other tools read (`modelspec.*`, `ss_*`, a content hash);
+    the adapter's own metadata is kept where it still holds, and `metadata` stands above both.
+    AdapterFileError for an adapter without content or with values that are not finite, for what the spelling
+    cannot say, and for a file that exists unless `overwrite`. TargetError for an unknown format.
     """
     path = Path(path)
     adapter.check()
-    tensors, said = FORMATS[format].dump(adapter)
-    container.write(path, tensors, {**said, **(metadata or {})}, overwrite)
+    true = provenance(adapter)
+    kept = true | carried(adapter.metadata) | {key: true[key] for key in _ALWAYS_NEW if key in true}
+    tensors, said = FORMATS[format].dump(replace(adapter, metadata={**kept, **(metadata or {})}))
+    container.write(path, tensors, said, overwrite)
     return path
 
 

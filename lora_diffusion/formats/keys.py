@@ -20,7 +20,7 @@ DENOISER = "denoiser"
 #: the suffix after the layer's name -> (method, tensor); "*" goes with any method
 PARTS: dict[str, tuple[str, str]] = {
     "alpha": ("*", "alpha"),
-    "dora_scale": ("*", "magnitude"),
+    "dora_scale": ("*", "dora_scale"),
     "magnitude": ("*", "magnitude"),
     "lora_magnitude_vector": ("*", "magnitude"),
     "lora_magnitude_vector.weight": ("*", "magnitude"),
@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[str, str]] = {
     "w_norm": ("norm", "w_norm"),
     "b_norm": ("norm", "b_norm"),
     "set_weight": ("set", "value"),
+    "scale": ("set", "value"),  # BFL's Control LoRAs carry whole query and key norms
     "reshape_weight": ("set", "shape"),
     "on_input": ("ia3", "on_input"),
     "weight": ("ia3", "weight"),
@@ -120,7 +121,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 _OLD = re.compile(r"_lora[._\d]|\.(?:lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)")  # what a rewrite may touch
-_BARE_TEXT_ENCODER = ("text_model.encoder.", "te_text_model_")
+_BARE_TEXT_ENCODER = ("text_model.encoder.", "text_model_encoder_")
 _UNET_BLOCKS = ("down_blocks_", "up_blocks_", "mid_block_", "input_blocks_", "output_blocks_", "middle_block_")
 
 
@@ -167,6 +168,7 @@ def is_flux(layers: list[str]) -> bool:
 @lru_cache(maxsize=4096)
 def _component(path: str) -> tuple[str, str]:
     prefix = _PREFIX.match(path)
-    if prefix:
-        return PREFIXES[prefix[0]], path[prefix.end() :]
-    return ("text_encoder" if path.startswith(_BARE_TEXT_ENCODER) else DENOISER), path
+    component, layer = (PREFIXES[prefix[0]], path[prefix.end() :]) if prefix else (DENOISER, path)
+    if component == DENOISER and layer.startswith(_BARE_TEXT_ENCODER):
+        component = "text_encoder"
+    return component, layer

@@ -38,18 +38,20 @@ _PREFIXES = {
     "text_encoder_2": "lora_te2_",
     "text_encoder_3": "lora_te3_",
 }
+_MAGNITUDE = {"magnitude": "dora_scale"}
 #: method -> tensor -> suffix
 _SUFFIXES: dict[str, dict[str, str]] = {
-    "lora": {"down": "lora_down.weight", "up": "lora_up.weight", "diff_b": "diff_b"},
+    "lora": {"down": "lora_down.weight", "up": "lora_up.weight", "diff_b": "diff_b", "up_bias": "lora_B.bias"},
     "dora": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
     "locon": {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"},
-    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | _MAGNITUDE,
+    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | _MAGNITUDE,
     "ia3": {"weight": "weight", "on_input": "on_input"},
-    "oft": {"blocks": "oft_blocks", "diag": "oft_diag", "rescale": "rescale"},
+    "oft": {"blocks": "oft_blocks", "diag": "oft_diag", "rescale": "rescale", "R": "oft_R.weight"},
     "glora": {part: f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
     "full": {"diff": "diff", "diff_b": "diff_b"},
     "norm": {"w_norm": "w_norm", "b_norm": "b_norm"},
+    "set": {"value": "set_weight", "shape": "reshape_weight"},
 }
 
 
@@ -97,6 +99,10 @@ def layer_tensors(path: str, layer: LayerAdapter, who: str) -> dict[str, Tensor]
     if unsayable:
         raise AdapterFileError(f"{who}: {path}: the kohya spelling cannot say {some(unsayable)} of {layer.method}")
     tensors = {f"{path}.{suffixes[part]}": tensor for part, tensor in layer.tensors.items()}
+    magnitude = layer.tensors.get("magnitude")
+    if magnitude is not None and magnitude.ndim == 1:  # one for each output: (out, 1[, 1, 1]) here
+        ones = layer.tensors["down"].ndim - 1 if "down" in layer.tensors else 1
+        tensors[f"{path}.dora_scale"] = magnitude.reshape(-1, *(1,) * ones)
     if layer.alpha is not None:
         tensors[f"{path}.alpha"] = _alpha(layer.alpha)
     return tensors
