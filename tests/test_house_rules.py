@@ -27,7 +27,8 @@ LEVELS = (
     ("adapter",),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
-    ("attachment", "merging", "pipelines"),
+    ("attachment", "merging", "pipelines", "clock", "tokens", "fusing"),
+    ("dial",),
     ("stack", "training"),
     ("generating", "inspection"),
     ("quickstart",),
