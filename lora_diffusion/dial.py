@@ -97,7 +97,7 @@ class Dial:
 
     def _listen(self, wanted: bool) -> None:
         if wanted and self._hook is None:
-            before = torch.compiler.disable(self.before)
+            before: Any = torch.compiler.disable(self.before)
             self._hook = self.host.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
         elif not wanted and self._hook is not None:
             self._hook.remove()

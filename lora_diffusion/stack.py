@@ -146,6 +146,20 @@ class AdapterStack:
             self._fusion.undo()
             self._fusion = None
 
+    def bake(self) -> None:
+        """Write the weighted sum into the weights for good and take the adapters off; their tokens stay."""
+        self.fuse()
+        self._fusion = None
+        sites = {site: None for stacked in self._stacked.values() for site in stacked.layers}
+        self._stacked.clear()
+        self._repack(sites)
+        self.release()
+
+    @property
+    def slots(self) -> dict[str, dict[str, Slot]]:
+        """component -> layer name -> what sits there."""
+        return {component: dict(dial.slots) for component, dial in self._dials.items()}
+
     @property
     def weights(self) -> dict[str, Weight]:
         """name -> weight, in the order they were added."""

@@ -23,7 +23,7 @@ class Vocabulary:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._kept: dict[str, tuple[Any, nn.Parameter]] = {}  # component -> tokenizer, embedding weight
+        self._kept: dict[str, tuple[Any, Any]] = {}  # component -> tokenizer, embedding weight
 
     def check(self, embeddings: Embeddings, others: Iterable[Embeddings], adapter: str) -> None:
         """AdapterMismatchError where a token has no text encoder, another width, or is known already."""
@@ -64,14 +64,15 @@ class Vocabulary:
         weight[: len(old)] = old.data
         weight[places] = torch.cat(list(tokens.values())).to(weight)
         table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
-        table.num_embeddings = len(weight)
+        _resize(getattr(self.pipe, component), weight)
         setattr(self.pipe, _tokenizer_name(component), longer)
 
     def _restore(self) -> None:
         for component, (tokenizer, weight) in self._kept.items():
             table = _table(getattr(self.pipe, component))
             weight.data = weight.data.to(table.weight)  # it may have been moved or cast in between
-            table.weight, table.num_embeddings = weight, len(weight)
+            table.weight = weight
+            _resize(getattr(self.pipe, component), weight)
             setattr(self.pipe, _tokenizer_name(component), tokenizer)
         self._kept = {}
 
@@ -81,6 +82,11 @@ class Vocabulary:
 
 def _tokenizer_name(component: str) -> str:
     return component.replace("text_encoder", "tokenizer")
+
+
+def _resize(encoder: Any, weight: Tensor) -> None:
+    _table(encoder).num_embeddings = len(weight)
+    encoder.config.vocab_size = len(weight)  # so that what is saved can be opened
 
 
 def _table(encoder: Any) -> nn.Embedding:

@@ -13,6 +13,7 @@ Region("mask.png", 0.8)                      by place in the picture
 They nest: a mapping may hold schedules, lists and regions; a list may hold mappings.
 """
 
+from lora_diffusion.gates.blocks import blocks_of
 from lora_diffusion.gates.levels import Call, Level, entry_gate, is_live, number_at
 from lora_diffusion.gates.masks import Region
 from lora_diffusion.gates.resolving import Resolved, Weight, resolve_weight
@@ -27,6 +28,7 @@ __all__ = [
     "Resolved",
     "Weight",
     "Window",
+    "blocks_of",
     "entry_gate",
     "is_live",
     "linear",

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Call:
         return self.masks[key]
 
 
-def check_level(level: object, adapter: str) -> Level:
+def check_level(level: Any, adapter: str) -> Level:
     """`level` in its simplest form: full masks dropped, lists as tuples. ConfigError for what is no weight."""
     if isinstance(level, list | tuple):
         if not level:
@@ -83,7 +84,7 @@ def number_at(level: Level, progress: float) -> float:
     if isinstance(level, tuple | Region):
         parts = level if isinstance(level, tuple) else (check_level(level.weight, "region"),)
         return float(any(callable(one) or number_at(one, progress) for one in parts))
-    return level if isinstance(level, float) else value_at(level, progress)
+    return level if isinstance(level, float | int) else value_at(level, progress)
 
 
 def entry_gate(level: Level, call: Call, layer: str, batch: int, shape: Sequence[int]) -> Tensor:
