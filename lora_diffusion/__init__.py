@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from lora_diffusion.errors import TargetError as TargetError
     from lora_diffusion.formats.files import load_adapter as load_adapter
     from lora_diffusion.formats.files import save_adapter as save_adapter
+    from lora_diffusion.gates import Region as Region
+    from lora_diffusion.merging import bake as bake
+    from lora_diffusion.merging import conflicts as conflicts
+    from lora_diffusion.merging import extract as extract
+    from lora_diffusion.merging import merge as merge
+    from lora_diffusion.merging import resize as resize
     from lora_diffusion.methods.lora import LoRA as LoRA
     from lora_diffusion.pipelines import load_pipeline as load_pipeline
     from lora_diffusion.stack import AdapterStack as AdapterStack
@@ -42,12 +48,18 @@ _HOMES = {
     "LayerAdapter": "adapter",
     "LoRA": "methods.lora",
     "LoraDiffusionError": "errors",
+    "Region": "gates",
     "TargetError": "errors",
     "TrainConfig": "training.config",
     "TrainResult": "training.loop",
     "attach": "attachment",
+    "bake": "merging",
+    "conflicts": "merging",
+    "extract": "merging",
     "load_adapter": "formats.files",
     "load_pipeline": "pipelines",
+    "merge": "merging",
+    "resize": "merging",
     "save_adapter": "formats.files",
     "train": "training.loop",
 }

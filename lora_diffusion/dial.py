@@ -72,7 +72,7 @@ class Dial:
         self._scheduled = [i for i, entry in enumerate(self.entries) if callable(entry.level)]
         for layer, slot in self.slots.items():
             slot.live = self._builder(layer) if self._is_live(layer) else None
-        self._write()
+        self.write()
         self._listen(self.clock is not None and any(not isinstance(e.level, float) for e in self.entries))
 
     def _is_live(self, layer: str) -> bool:
@@ -86,7 +86,7 @@ class Dial:
             slot.gate = self._gains[start : start + len(slot.down)]
             start += len(slot.down)
 
-    def _write(self) -> None:
+    def write(self) -> None:
         """All gates at once, in place: no graph sees a new tensor."""
         if any(slot.gate._base is not self._gains for slot in self.slots.values()):
             self._share()  # the model was moved or cast in between
@@ -112,7 +112,7 @@ class Dial:
         for i in self._scheduled:
             self._numbers[i] = number_at(self.entries[i].level, self.call.progress)
         if self._scheduled:
-            self._write()
+            self.write()
 
     def _builder(self, layer: str) -> Callable[[int, Sequence[int]], Tensor]:
         entries, slot = [self.entries[i] for i in self._by_layer[layer]], self.slots[layer]

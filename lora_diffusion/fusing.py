@@ -18,15 +18,14 @@ from lora_diffusion.lora import Slot
 
 @dataclass
 class Fusion:
-    """What was fused: each slot, its layer's weight and the original values."""
+    """What was fused: each weight and its original values."""
 
-    kept: list[tuple[Slot, Tensor, Tensor]]
+    kept: list[tuple[Tensor, Tensor]]
 
     def undo(self) -> None:
-        """Write the originals back and wake the slots."""
-        for slot, weight, original in self.kept:
+        """Write the originals back; the gates are whoever's who owns them."""
+        for weight, original in self.kept:
             weight.data.copy_(original)
-            slot.idle = False
         self.kept = []
 
 
@@ -40,11 +39,12 @@ def fuse(layers: Mapping[str, tuple[nn.Module, Slot]]) -> Fusion:
         weight = frozen_weight(layer)
         if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta:
             raise ConfigError(f"fuse: {name} ({type(layer).__name__}) is quantised or offloaded; use it unfused")
-    kept: list[tuple[Slot, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for layer, slot in awake.values():
             weight = frozen_weight(layer)
-            kept.append((slot, weight, weight.detach().to("cpu", copy=True)))
+            kept.append((weight, weight.detach().to("cpu", copy=True)))
             weight.data.copy_(slot.merged(weight))
+            slot.gate.zero_()  # compiled code reads the gate alone
             slot.idle = True
     return Fusion(kept)

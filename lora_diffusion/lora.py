@@ -116,6 +116,8 @@ class Slot(nn.Module):
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook: where merging pays, let the merged weight stand in for the frozen one during this call."""
+        if torch.compiler.is_compiling():
+            return  # and no guard on what changes with the weights
         if not self.idle and self.live is None and self._merging_pays(layer, _input(args, kwargs)):
             self.kept.append(frozen_weight(layer))
             layer._parameters["weight"] = self.merged(self.kept[-1])  # type: ignore[assignment]
@@ -125,7 +127,7 @@ class Slot(nn.Module):
         if self.kept:
             layer._parameters["weight"] = self.kept.pop()  # type: ignore[assignment]
             return out
-        if out is None or (self.idle and not torch.compiler.is_compiling()):  # compiled code adds zero instead
+        if out is None or (not torch.compiler.is_compiling() and self.idle):  # compiled code adds zero instead
             return out
         return self(_input(args, kwargs), out)
 
@@ -153,7 +155,7 @@ class Slot(nn.Module):
 
     def _merging_pays(self, layer: nn.Module, x: Tensor) -> bool:
         weight = layer._parameters.get("weight")
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gate.dim() > 1 or weight is None:
+        if torch.is_grad_enabled() or self.gate.dim() > 1 or weight is None:
             return False
         if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
             return False  # 4-bit, offloaded or tied up otherwise

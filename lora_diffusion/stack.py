@@ -145,6 +145,8 @@ class AdapterStack:
         if self._fusion is not None:
             self._fusion.undo()
             self._fusion = None
+            for dial in self._dials.values():
+                dial.write()
 
     def bake(self) -> None:
         """Write the weighted sum into the weights for good and take the adapters off; their tokens stay."""
