@@ -21,7 +21,6 @@ from lora_diffusion.sheet import contact_sheet
 from lora_diffusion.stack import AdapterStack
 from lora_diffusion.training.config import TrainConfig, override
 
-PLAIN = 32  # base drawings of things in the pack: what "not this style" looks like
 Listener = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -33,6 +32,7 @@ class Plan:
     out: Path
     second: Path | None  # another adapter to blend with
     rows: tuple[str, ...]  # things that are not in the pack
+    plain: Path  # pictures in the base's own look, to tell the style from
     how: Drawing
 
 
@@ -72,7 +72,7 @@ def plan(samples: Path, out: Path, base: str | None, settings: Sequence[str]) ->
     size = (config.data.resolution, config.data.resolution)
     how = Drawing(show["steps"], show["guidance"], size, batch=show["batch"])
     second = samples / show["second"]
-    return Plan(config, out, second if second.is_file() else None, tuple(show["rows"]), how)
+    return Plan(config, out, second if second.is_file() else None, tuple(show["rows"]), samples / show["plain"], how)
 
 
 def show(plan: Plan, adapter: Path, listen: Listener) -> Shown:
@@ -122,25 +122,22 @@ def _grid(plan: Plan, opened: Opened, stack: AdapterStack, style: str, second: s
 
 
 def _score(plan: Plan, opened: Opened, stack: AdapterStack, style: str, listen: Listener) -> tuple[float, float, int]:
-    """How far drawings of held-out things are from the base's way (0) to the pack's (1), before and after."""
+    """How far drawings of held-out things are from the plain look (0) to the pack's (1), before and after."""
     data = plan.config.data
     truth = find_examples(data.folder)
     inside = data.heldout.resolve() if isinstance(data.heldout, Path) else None
     heldout = [e for e in truth if inside and e.picture.resolve().is_relative_to(inside)] or truth
-    known = [e for e in truth if e not in heldout] or truth
-    things, plain = [e.caption for e in heldout], [e.caption for e in known[:PLAIN]]
-    stage, total = "scoring the style", 2 * len(things) + len(plain)
-    stack.weigh(style, 0.0)
-    listen(stage, 0, total)
-    others = _draw(plan, opened, plain)
-    listen(stage, len(plain), total)
-    before = _draw(plan, opened, things)
-    listen(stage, len(plain) + len(things), total)
-    stack.weigh(style, 1.0)
-    after = _draw(plan, opened, things)
-    listen(stage, total, total)
-    references = [open_picture(e.picture) for e in known]
-    return style_score(before, references, others), style_score(after, references, others), len(things)
+    references = [open_picture(e.picture) for e in truth if e not in heldout] or [
+        open_picture(e.picture) for e in truth
+    ]
+    others = [open_picture(e.picture) for e in find_examples(plan.plain)]
+    things, scores = [e.caption for e in heldout], list[float]()
+    for strength in (0.0, 1.0):
+        stack.weigh(style, strength)
+        listen("scoring the style", len(scores) * len(things), 2 * len(things))
+        scores.append(style_score(_draw(plan, opened, things), references, others))
+    listen("scoring the style", 2 * len(things), 2 * len(things))
+    return scores[0], scores[1], len(things)
 
 
 def _draw(plan: Plan, opened: Opened, prompts: Sequence[str]) -> list[Image.Image]:

@@ -25,54 +25,78 @@ from lora_diffusion.training.loop import Progress as Step
 from lora_diffusion.training.loop import TrainResult, train
 
 STAGES = {"prepare": "encoding pictures", "train": "training", "measure": "measuring on held-out pictures"}
+EVERY = 15.0  # seconds between lines of text where there is no terminal
 console = Console()
 
 
+def say(text: str) -> None:
+    """Print as it is: no markup, no wrapping inside file names."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def bar() -> Progress:
-    """A progress bar with count, note, elapsed and remaining time."""
+    """A progress bar with count, note, elapsed and remaining time; nothing where there is no terminal."""
     return Progress(
-        TextColumn("{task.description:<30}"),
-        BarColumn(bar_width=32),
+        TextColumn("{task.description:<32}"),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,
     )
 
 
-class TrainingBar:
-    """Turns the loop's reports into a bar for each stage, with loss and speed."""
+class StageBars:
+    """A bar for each stage, made when it is first heard of; lines of text now and then without a terminal."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.tasks: dict[str, TaskID] = {}
-        self.smooth = math.nan
+        self.said = -math.inf
+
+    def show(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Move a stage's bar."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=total, note="")
+        self.progress.update(self.tasks[stage], completed=done, note=note)
+        now = time.monotonic()
+        if self.progress.disable and (done == total or now - self.said > EVERY):
+            self.said = now
+            say(f"{stage} {done}/{total} {note}".rstrip())
+
+
+class TrainingBars(StageBars):
+    """Turns the loop's reports into bars with loss and speed."""
+
+    smooth, started = math.nan, math.nan
 
     def __call__(self, step: Step) -> None:
         """Show one report."""
-        if step.stage not in self.tasks:
-            self.tasks[step.stage] = self.progress.add_task(STAGES[step.stage], total=step.total, note="")
-        task = self.progress.tasks[list(self.tasks).index(step.stage)]
         note = ""
         if step.stage == "train":
-            self.smooth = step.loss if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * step.loss
-            note = f"loss {self.smooth:.4f}" + (f" · {task.speed:.2f} steps/s" if task.speed else "")
-        self.progress.update(task.id, completed=step.done, note=note)
+            if math.isnan(self.smooth):
+                self.smooth, self.started, self.first = step.loss, time.monotonic(), step.done
+            self.smooth = 0.95 * self.smooth + 0.05 * step.loss
+            seconds = time.monotonic() - self.started
+            speed = f" · {(step.done - self.first) / seconds:.2f} steps/s" if step.done > self.first else ""
+            note = f"loss {self.smooth:.4f}{speed}"
+        self.show(STAGES[step.stage], step.done, step.total, note)
 
 
 def show_training(config: TrainConfig) -> TrainResult:
     """Train with a progress bar and say what came out; exit code 130 when interrupted."""
     with bar() as progress:
-        result = train(config, TrainingBar(progress))
+        result = train(config, TrainingBars(progress))
     if result.report is not None:
-        console.print(str(result.report), highlight=False)
+        say(str(result.report))
     unchanged = "no byte of the backbone changed" if result.backbone_unchanged else "THE BACKBONE CHANGED"
     if result.adapter is None:
-        console.print(f"interrupted after step {result.steps}, saved; {unchanged}; the same command goes on")
+        say(f"interrupted after step {result.steps}, saved; {unchanged}; the same command goes on")
         raise typer.Exit(130)
-    console.print(
+    say(
         f"{result.adapter}: {result.parameters:,} parameters, {_size(result.adapter)}; "
         f"held-out loss {result.heldout_base:.4f} -> {result.heldout_adapter:.4f}; {unchanged}"
     )
@@ -86,17 +110,9 @@ def show_quickstart(plan: Plan) -> None:
     trained = time.monotonic()
     assert result.adapter is not None
     with bar() as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def listen(stage: str, done: int, total: int) -> None:
-            task = tasks.setdefault(stage, TaskID(-1))
-            if task == -1:
-                task = tasks[stage] = progress.add_task(stage, total=total, note="")
-            progress.update(task, completed=done)
-
-        shown = show(plan, result.adapter, listen)
+        shown = show(plan, result.adapter, StageBars(progress).show)
     console.print(_summary(plan, result, shown, trained - start))
-    console.print(f"\nLook at [bold]{shown.grid}[/bold]", highlight=False)
+    say(f"\nLook at {shown.grid}")
 
 
 def _summary(plan: Plan, result: TrainResult, shown: Shown, training: float) -> Table:

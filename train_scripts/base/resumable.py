@@ -11,7 +11,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -70,14 +71,18 @@ class Run:
 
     def train(self, loss_of: Callable[[int, torch.Generator], Tensor], budget: float, every: float = 120) -> bool:
         """`loss_of(batch, generator)` once a step; True when all samples have been seen."""
-        stops: list[int] = []
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number, _: stops.append(number))
+        with _stop_signals() as stops:
+            self._train(loss_of, lambda spent: bool(stops) or spent > budget, every)
+        return self.seen >= self.samples
+
+    def _train(
+        self, loss_of: Callable[[int, torch.Generator], Tensor], ends: Callable[[float], bool], every: float
+    ) -> None:
         start = saved = told = time.monotonic()
         recent: list[float] = []
         stop = False
         while self.seen < self.samples and not stop:
-            loss, stop = self._step(loss_of, bool(stops) or time.monotonic() - start > budget)
+            loss, stop = self._step(loss_of, ends(time.monotonic() - start))
             recent.append(loss)
             now = time.monotonic()
             if len(recent) == 50:
@@ -87,7 +92,6 @@ class Run:
                 self.seconds += now - saved
                 saved = now
                 self.save()
-        return self.seen >= self.samples
 
     def _step(self, loss_of: Callable[[int, torch.Generator], Tensor], stop: bool) -> tuple[float, bool]:
         for group in self.optimizer.param_groups:
@@ -143,6 +147,20 @@ class Run:
         ours = self.model.state_dict()
         floats = [name for name, value in ours.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.average[n] for n in floats], [ours[n] for n in floats], 1 - decay)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a step is never cut in two."""
+    stops: list[int] = []
+    before = {
+        name: signal.signal(name, lambda number, _: stops.append(number)) for name in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stops
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def _join() -> tuple[int, int]:

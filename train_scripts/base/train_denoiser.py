@@ -5,7 +5,7 @@
 
 Goes on from `WORK/denoiser.state` with the same command; a larger `--samples` prolongs the run (the
 rate is constant). `--cool N` brings the rate down over the last N samples, for the model that ships;
-the state from before is kept as `WORK/denoiser.warm.state`, to go on from another day.
+the state from before is kept as `WORK/denoiser.warm.state`: rename it to go on at the full rate.
 Pictures are encoded once by `WORK/vae`; `export.py` makes a pipeline of any state.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -101,13 +102,6 @@ def velocity_loss(
     return F.mse_loss(guess.float(), signal * noise - sigma * latents)
 
 
-def keep_warm_state(work: Path, begin: int) -> None:
-    """Before the first step of the cooling, keep the state to prolong the run from."""
-    state, warm = work / "denoiser.state", work / "denoiser.warm.state"
-    if state.exists() and not warm.exists() and torch.load(state, weights_only=True)["seen"] <= begin:
-        shutil.copyfile(state, warm)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -122,19 +116,21 @@ def main() -> None:
     examples, tokenizer = load_examples(args.work, device)
     parts = build_denoiser(tokenizer).to(device)
     alphas = build_scheduler().alphas_cumprod.to(device)
-    if args.cool:
-        keep_warm_state(args.work, args.samples - args.cool)
+    warm = args.samples - args.cool
     rate = steady(args.samples, args.cool)
-    run = Run(args.work / "denoiser.state", parts, lr=RATE, samples=args.samples, batch=BATCH, rate=rate)
+    run = Run(args.work / "denoiser.state", parts, lr=RATE, samples=warm, batch=BATCH, rate=rate)
+    end = time.monotonic() + args.minutes * 60
 
     def loss_of(count: int, random: torch.Generator) -> Tensor:
         return velocity_loss(parts, *examples.draw(count, random), alphas, random)
 
-    ended = run.train(loss_of, budget=args.minutes * 60)
+    if run.seen < warm and run.train(loss_of, end - time.monotonic()) and run.rank == 0:
+        shutil.copyfile(run.path, args.work / "denoiser.warm.state")
+    if run.seen >= warm:
+        run.samples = args.samples
+        run.train(loss_of, end - time.monotonic())
     if run.rank == 0:
-        print(
-            f"{run.seen} samples in {run.seconds / 60:.0f} minutes on {device}" + ("" if ended else "; not at the end")
-        )
+        print(f"{run.seen} of {args.samples} samples in {run.seconds / 60:.0f} minutes on {device}")
 
 
 if __name__ == "__main__":
