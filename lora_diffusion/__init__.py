@@ -23,27 +23,33 @@ if TYPE_CHECKING:
     from lora_diffusion.formats.files import load_adapter as load_adapter
     from lora_diffusion.formats.files import save_adapter as save_adapter
     from lora_diffusion.methods.lora import LoRA as LoRA
+    from lora_diffusion.pipelines import load_pipeline as load_pipeline
     from lora_diffusion.stack import AdapterStack as AdapterStack
+    from lora_diffusion.training.config import TrainConfig as TrainConfig
+    from lora_diffusion.training.loop import TrainResult as TrainResult
+    from lora_diffusion.training.loop import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "save_adapter": "formats.files",
-    "load_adapter": "formats.files",
-    "LoRA": "methods.lora",
-    "attach": "attachment",
-    "Attachment": "attachment",
-    "AdapterStack": "stack",
     "Adapter": "adapter",
     "AdapterFileError": "errors",
     "AdapterMismatchError": "errors",
+    "AdapterStack": "stack",
+    "Attachment": "attachment",
     "ConfigError": "errors",
     "DataError": "errors",
     "LayerAdapter": "adapter",
+    "LoRA": "methods.lora",
     "LoraDiffusionError": "errors",
     "TargetError": "errors",
+    "TrainConfig": "training.config",
+    "TrainResult": "training.loop",
+    "attach": "attachment",
     "load_adapter": "formats.files",
+    "load_pipeline": "pipelines",
     "save_adapter": "formats.files",
+    "train": "training.loop",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

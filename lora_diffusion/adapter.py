@@ -126,7 +126,8 @@ class Adapter:
         digest = hashlib.sha256()
         for component, layers in sorted(_by_flat_name(self.layers).items()):
             for name, layer in sorted(layers.items()):
-                digest.update(f"{component}/{name}/{layer.method}/{layer.alpha}".encode())
+                alpha = None if layer.alpha is None else float(layer.alpha)
+                digest.update(f"{component}/{name}/{layer.method}/{alpha}".encode())
                 for key, tensor in sorted(layer.tensors.items()):
                     _update(digest, key, tensor)
         for token, vectors in sorted(self.embeddings.items()):
@@ -165,6 +166,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether every element is a finite number (one pass, no copy of the tensor's size)."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # no reduction is defined on 8-bit floats
     low, high = torch.aminmax(tensor)  # both carry a NaN through
     return math.isfinite(low.item()) and math.isfinite(high.item())
 

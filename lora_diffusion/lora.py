@@ -68,7 +68,8 @@ class Slot(nn.Module):
     def pack(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False) -> None:
         """Hold these pairs and no others, each at weight 1; trainable ones in float32."""
         dtype = torch.float32 if trainable else compute_dtype(layer)
-        device = frozen_weight(layer).device
+        weight = frozen_weight(layer)
+        device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
         downs = [pair.down.reshape(pair.rank, *kernel_shape(layer)).to(device, dtype) for pair in pairs]
         ups = [pair.up.reshape(-1, pair.rank).t().to(device, dtype) for pair in pairs]
         self.down = nn.Parameter(torch.cat(downs), requires_grad=trainable)

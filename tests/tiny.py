@@ -29,7 +29,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -76,6 +76,38 @@ def picture(
     generator = torch.Generator().manual_seed(7)
     settings = {"height": PICTURE, "width": PICTURE, "num_inference_steps": steps, "output_type": "np"} | kwargs
     return pipe(prompt, generator=generator, **settings).images
+
+
+def unet() -> UNet2DConditionModel:
+    """The U-Net of `sd()` alone."""
+    return sd().unet
+
+
+def transformer() -> FluxTransformer2DModel:
+    """The transformer of `flux()` alone."""
+    return flux().transformer
+
+
+def predict(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    """What a U-Net or FLUX transformer predicts for fixed random inputs of `dtype`."""
+    random = torch.Generator().manual_seed(3)
+    if isinstance(model, UNet2DConditionModel):
+        x = torch.randn(2, 4, 16, 16, generator=random).to(dtype)
+        return model(x, torch.tensor([10, 500]), torch.randn(2, 7, 32, generator=random).to(dtype)).sample
+    return model(
+        hidden_states=torch.randn(1, 16, 16, generator=random).to(dtype),
+        encoder_hidden_states=torch.randn(1, 5, 32, generator=random).to(dtype),
+        pooled_projections=torch.randn(1, 32, generator=random).to(dtype),
+        timestep=torch.tensor([0.5]).to(dtype),
+        guidance=torch.tensor([3.5]).to(dtype),
+        img_ids=torch.zeros(16, 3),
+        txt_ids=torch.zeros(5, 3),
+    ).sample
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    """Distance between two tensors over the length of the true one."""
+    return ((found.float() - true.float()).norm() / true.float().norm()).item()
 
 
 @_seeded

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
-from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.registry import Registry
+
+if TYPE_CHECKING:  # a header can be looked at without torch
+    from torch import Tensor
+
+    from lora_diffusion.adapter import Adapter, LayerAdapter
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Format(Protocol):
     """One spelling of adapter files."""
 
     name: str
+    writes: bool  # False: `dump` refuses every adapter
 
     def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether a file with these tensor names and this metadata is in this spelling."""
@@ -48,7 +51,15 @@ class Format(Protocol):
 FORMATS: Registry[Format] = Registry(
     "formats",
     {
+        "cloneofsimo": "lora_diffusion.formats.cloneofsimo:CLONEOFSIMO",
+        "embedding": "lora_diffusion.formats.embeddings:EMBEDDING",
+        "xlabs": "lora_diffusion.formats.named:XLABS",
+        "attention-processors": "lora_diffusion.formats.named:ATTENTION_PROCESSORS",
+        "peft": "lora_diffusion.formats.named:PEFT",
         "diffusers": "lora_diffusion.formats.diffusers:DIFFUSERS",
         "kohya": "lora_diffusion.formats.kohya:KOHYA",
+        "comfy": "lora_diffusion.formats.comfy:COMFY",
+        "lycoris": "lora_diffusion.formats.named:LYCORIS",
+        "bare": "lora_diffusion.formats.named:BARE",
     },
 )

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lora_diffusion.adapter import AlphaSource, LayerAdapter, same_layer
+from lora_diffusion.errors import AdapterFileError
 from lora_diffusion.formats import Parsed
-from lora_diffusion.formats.keys import DENOISER, Key, denoiser_of, split
+from lora_diffusion.formats.embeddings import take_embeddings
+from lora_diffusion.formats.keys import DENOISER, Key, denoiser_of, is_flux, refused, split
 
 #: (component, layer, rank) -> alpha that the file's metadata gives that layer (rsLoRA folded in), None if silent
 AlphaOf = Callable[[str, str, int], float | None]
@@ -44,6 +46,7 @@ _RANK: dict[str, tuple[tuple[str, int], ...]] = {
     "lokr": (("w2_b", 0), ("w1_b", 0)),
     "glora": (("a2", 0),),
 }
+_WHOLE_NUMBERS = ("on_input", "shape")
 
 
 @dataclass
@@ -55,10 +58,11 @@ class _Group:
     methods: set[str] = field(default_factory=set)
 
 
-def assemble(tensors: Mapping[str, Tensor], alpha_of: AlphaOf, read: Callable[[str], Key | None] = split) -> Parsed:
+def assemble(tensors: Mapping[str, Tensor], alpha_of: AlphaOf = lambda *_: None) -> Parsed:
     """The neutral form of `tensors`. What is not a whole layer goes to `unused`, with the reason."""
     parsed = Parsed(layers={})
-    groups = _grouped(tensors, read, parsed)
+    parsed.embeddings, tensors = take_embeddings(tensors, parsed.unused)
+    groups = _grouped(tensors, parsed)
     for (component, _), group in groups.items():
         layer = _layer(component, group, alpha_of, parsed)
         if layer:
@@ -66,17 +70,16 @@ def assemble(tensors: Mapping[str, Tensor], alpha_of: AlphaOf, read: Callable[[s
     return parsed
 
 
-def _grouped(
-    tensors: Mapping[str, Tensor], read: Callable[[str], Key | None], parsed: Parsed
-) -> dict[tuple[str, str], _Group]:
-    names = {key: read(key) for key in tensors}
-    denoiser = _denoiser([name for name in names.values() if name])
+def _grouped(tensors: Mapping[str, Tensor], parsed: Parsed) -> dict[tuple[str, str], _Group]:
+    names = {key: split(key) for key in tensors}
+    components = _components([name for name in names.values() if name])
     groups: dict[tuple[str, str], _Group] = {}
     for key, name in names.items():
         if name is None:
-            parsed.unused[key] = "no adapter tensor is spelled like that"
+            what = refused(key)
+            parsed.unused[key] = f"it belongs to {what}" if what else "no adapter tensor is spelled like that"
             continue
-        component = denoiser if name.component == DENOISER else name.component
+        component = components.get(name.component, name.component)
         group = groups.setdefault((component, same_layer(name.layer)), _Group(name.layer))
         if name.part in group.parts:
             parsed.unused[key] = f"it says the same as {group.parts[name.part][0]!r}"
@@ -88,16 +91,22 @@ def _grouped(
     return groups
 
 
-def _denoiser(names: list[Key]) -> str:
-    said = {name.component for name in names} & {"unet", "transformer"}
-    return said.pop() if len(said) == 1 else denoiser_of([name.layer for name in names if name.component == DENOISER])
+def _components(names: list[Key]) -> dict[str, str]:
+    """What the components that a prefix leaves open are in this file."""
+    said = {name.component for name in names}
+    known = said & {"unet", "transformer"}
+    denoiser = [name.layer for name in names if name.component in (DENOISER, "transformer")]
+    found = {DENOISER: known.pop() if len(known) == 1 else denoiser_of(denoiser)}
+    if "text_encoder_3" in said and "text_encoder_2" not in said and is_flux(denoiser):
+        found["text_encoder_3"] = "text_encoder_2"  # kohya counts T5 third; FLUX has no CLIP-G before it
+    return found
 
 
 def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> LayerAdapter | None:
     parts = dict(group.parts)
     alpha = parts.pop("alpha", None)
     method = _method(group.methods, parts)
-    tensors = {part: tensor for part, (_, tensor) in parts.items()}
+    tensors = _with_magnitude({part: tensor for part, (_, tensor) in parts.items()})
     problem = _problem(group.methods, method, tensors)
     if problem:
         for key, _ in group.parts.values():
@@ -106,13 +115,32 @@ def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> 
     rank = _rank(method, tensors)
     if rank is None:  # the alpha of OFT is a constraint, that of a LoKr in full means nothing: kept, never a scale
         return LayerAdapter(method, tensors, *_stored(alpha, parsed))
-    return LayerAdapter(method, tensors, *_alpha(alpha, rank, alpha_of(component, group.layer, rank), parsed))
+    try:
+        said = alpha_of(component, group.layer, rank)
+    except AdapterFileError as error:
+        said = None
+        parsed.unused[next(iter(parts.values()))[0]] = str(error)
+    return LayerAdapter(method, tensors, *_alpha(alpha, rank, said, parsed))
+
+
+def _with_magnitude(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A magnitude for each output as (out,), one for each input as LyCORIS stores it, (1, in[, 1, 1]).
+
+    PEFT knows the first kind alone; LyCORIS writes (out, 1[, 1, 1]) or the second.
+    """
+    scale = tensors.pop("dora_scale", None)
+    if scale is not None:
+        by_input = scale.ndim > 1 and scale.shape[0] == 1 and scale.numel() > 1
+        tensors["magnitude"] = scale if by_input else scale.reshape(-1)
+    elif "magnitude" in tensors:
+        tensors["magnitude"] = tensors["magnitude"].reshape(-1)
+    return tensors
 
 
 def _method(methods: set[str], parts: Mapping[str, object]) -> str:
     if methods == {"lora", "locon"}:
         return "locon"
-    if methods == {"lora"} and "magnitude" in parts:
+    if methods == {"lora"} and ("magnitude" in parts or "dora_scale" in parts):
         return "dora"
     if not methods:
         return "full"
@@ -123,10 +151,28 @@ def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> s
     if len(methods - {"lora"} if method == "locon" else methods) > 1:
         return f"tensors of {' and '.join(sorted(methods))} on one layer"
     missing = min((whole - tensors.keys() for whole in _WHOLE[method]), key=len)
+    if method == "ia3" and "on_input" in missing:
+        return "a plain weight is no adapter's tensor"
     if missing:
         return f"{method} needs {', '.join(sorted(missing))} beside it, which is not in the file"
     empty = sorted(part for part, tensor in tensors.items() if tensor.numel() == 0)
-    return f"{', '.join(empty)} has no elements" if empty else None
+    if empty:
+        return f"{', '.join(empty)} has no elements"
+    whole = sorted(
+        part for part, tensor in tensors.items() if not (tensor.is_floating_point() or part in _WHOLE_NUMBERS)
+    )
+    if whole:
+        return (
+            f"{whole[0]} holds {str(tensors[whole[0]].dtype).removeprefix('torch.')}, expected floating-point numbers"
+        )
+    return _unlike_ranks(tensors) if "down" in tensors else None
+
+
+def _unlike_ranks(tensors: Mapping[str, Tensor]) -> str | None:
+    down, up = tensors["down"], tensors["up"]
+    if down.ndim >= 2 and up.ndim >= 2 and up.shape[1] == down.shape[0]:
+        return None
+    return f"down {tuple(down.shape)} and up {tuple(up.shape)} are no pair: expected (rank, in) and (out, rank)"
 
 
 def _rank(method: str, tensors: Mapping[str, Tensor]) -> int | None:

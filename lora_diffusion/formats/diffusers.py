@@ -37,6 +37,7 @@ class Diffusers:
     """Reads and writes what `pipe.save_lora_weights` writes and `pipe.load_lora_weights` reads."""
 
     name = "diffusers"
+    writes = True
 
     def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether any tensor has a component prefix and a PEFT suffix."""
@@ -61,6 +62,9 @@ class Diffusers:
             for name, layer in layers.items():
                 path = f"{component}.{_with_clip_level(name) if is_text else name}"
                 tensors |= {f"{path}.{_SUFFIXES[part]}": tensor for part, tensor in layer.tensors.items()}
+                magnitude = layer.tensors.get("magnitude")
+                if magnitude is not None and layer.tensors["down"].ndim == 4:
+                    tensors[f"{path}.{_SUFFIXES['magnitude']}"] = magnitude.reshape(1, -1, 1, 1)
             live = {name.removeprefix("text_model.") if is_text else name: layer for name, layer in layers.items()}
             config |= {f"{component}.{key}": value for key, value in config_of(live, is_text).items()}
         return tensors, {**adapter.metadata, "format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
@@ -80,6 +84,11 @@ def _check_sayable(adapter: Adapter) -> None:
     parts = [f"{n}.{part}" for _, n, layer in adapter for part in layer.tensors if part not in _SUFFIXES]
     if parts:
         raise AdapterFileError(f"{who}: the Diffusers spelling cannot say {some(parts)}")
+    by_input = [n for _, n, layer in adapter if layer.method == "dora" and layer.tensors["magnitude"].ndim > 1]
+    if by_input:
+        raise AdapterFileError(
+            f"{who}: {some(by_input)} have a magnitude for each input; Diffusers' DoRA has none such"
+        )
     flattened = [name for _, name, _ in adapter if _FLATTENED.match(name)]
     if flattened:
         raise AdapterFileError(

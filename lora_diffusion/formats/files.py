@@ -5,32 +5,49 @@ Only safetensors are read and written, so that opening a file can never run code
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.errors import AdapterFileError, some
-from lora_diffusion.formats import FORMATS, Format, Parsed, container
+from lora_diffusion.formats import FORMATS, Format, container
+from lora_diffusion.formats.embeddings import UNNAMED
+from lora_diffusion.formats.keys import refused
+from lora_diffusion.formats.peft_config import SIDECAR_KEY
+from lora_diffusion.formats.provenance import carried, provenance
+
+#: what must be true of the file that is written, whatever an older file said
+_ALWAYS_NEW = ("ss_network_dim", "ss_network_alpha", "lora_diffusion.content_hash", "lora_diffusion.version")
+_MAX_SIDECAR = 4 << 20  # characters
 
 
 def load_adapter(path: str | Path, *, strict: bool = True) -> Adapter:
-    """Read an adapter file in any known spelling; its name is the file's stem, and no model is touched.
+    """Read an adapter file, or a PEFT folder, in any known spelling; no model is touched.
+
+    It is called like the file without its ending.
 
     Strict, a tensor that is not used, half of a pair, a conflict or a value that is not finite raises
     AdapterFileError. Otherwise what is unusable stands with its reason in the adapter's `unused`, and the
     rest is loaded; a file of which nothing can be used raises either way.
     """
     path = Path(path)
+    file, beside = _find(path)
     chosen: list[Format] = []
-    tensors, metadata = container.read(path, lambda header: chosen.append(_recognise(header, path)))
+    tensors, metadata = container.read(file, lambda header: chosen.append(_recognise(header, file)))
+    name = path.name if path.is_dir() else path.stem
     try:
-        parsed = chosen[0].load(tensors, metadata)
+        parsed = chosen[0].load(tensors, {**metadata, **beside})
     except AdapterFileError as error:
-        raise AdapterFileError(f"{path.name}: {error}") from None
-    adapter = Adapter(
-        path.stem, parsed.layers, parsed.embeddings, metadata, path, spelling=chosen[0].name, unused=parsed.unused
-    )
-    _check(adapter, parsed, path, strict)
+        raise AdapterFileError(f"{file.name}: {error}") from None
+    if UNNAMED in parsed.embeddings:
+        parsed.embeddings = _named(parsed.embeddings, name, file)
+    spelling, unused = chosen[0].name, parsed.unused
+    adapter = Adapter(name, parsed.layers, parsed.embeddings, metadata, path, spelling=spelling, unused=unused)
+    _check(adapter, file, strict)
     return adapter
 
 
@@ -44,15 +61,49 @@ def save_adapter(
 ) -> Path:
     """Write `adapter` as a safetensors file in the spelling `format`, whole or not at all; returns the path.
 
-    `metadata` is added to the adapter's own. AdapterFileError for an adapter without content or with values
-    that are not finite, for what the spelling cannot say, and for a file that exists unless `overwrite`.
-    TargetError for an unknown format.
+    The file says what it holds in the keys that other tools read (`modelspec.*`, `ss_*`, a content hash);
+    the adapter's own metadata is kept where it still holds, and `metadata` stands above both.
+    AdapterFileError for an adapter without content or with values that are not finite, for what the spelling
+    cannot say, and for a file that exists unless `overwrite`. TargetError for an unknown format.
     """
     path = Path(path)
     adapter.check()
-    tensors, said = FORMATS[format].dump(adapter)
-    container.write(path, tensors, {**said, **(metadata or {})}, overwrite)
+    true = provenance(adapter)
+    kept = true | carried(adapter.metadata) | {key: true[key] for key in _ALWAYS_NEW if key in true}
+    tensors, said = FORMATS[format].dump(replace(adapter, metadata={**kept, **(metadata or {})}))
+    container.write(path, tensors, said, overwrite)
     return path
+
+
+def _find(path: Path) -> tuple[Path, dict[str, str]]:
+    """The file to read, and what the files beside it say about its scale."""
+    if path.is_dir():
+        usual = [path / name for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")]
+        files = [file for file in usual if file.is_file()] or sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise AdapterFileError(f"{path}: a folder with {len(files)} adapter files; name one ({some(files)})")
+        path = files[0]
+    config = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and config.is_file():
+        return path, {SIDECAR_KEY: _text(config)}
+    return path, {}
+
+
+def _text(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(_MAX_SIDECAR)
+
+
+def _named(embeddings: dict[str, dict[str, Tensor]], name: str, file: Path) -> dict[str, dict[str, Tensor]]:
+    """The token that the file does not name: from cog's `special_params.json`, else the file's own name."""
+    beside = file.with_name("special_params.json")
+    if file.suffix == ".pti" and beside.is_file():
+        try:
+            table = json.loads(_text(beside))
+            name = str(next(iter(table))) if isinstance(table, dict) and table else name
+        except ValueError:
+            raise AdapterFileError(f"{file.name}: special_params.json beside it is damaged JSON") from None
+    return {token or name: vectors for token, vectors in embeddings.items()}
 
 
 def _recognise(header: container.Header, path: Path) -> Format:
@@ -60,23 +111,23 @@ def _recognise(header: container.Header, path: Path) -> Format:
         if spelling.recognises(header.entries, header.metadata):
             return spelling
     if not header.entries:
-        raise AdapterFileError(
-            f"{path.name}: the file holds no tensors; it was probably saved before anything was trained"
-        )
+        raise AdapterFileError(f"{path.name}: the file holds no tensors; was it saved before anything was trained?")
+    kind = next(filter(None, map(refused, header.entries)), "a whole model, perhaps")
     raise AdapterFileError(
         f"{path.name}: none of its {len(header.entries):,} tensors is named like an adapter's "
-        f"({some(header.entries)}); it may be a whole model"
+        f"({some(header.entries)[:300]}); it is {kind}"
     )
 
 
-def _check(adapter: Adapter, parsed: Parsed, path: Path, strict: bool) -> None:
-    if strict and parsed.unused:
-        key, why = next(iter(parsed.unused.items()))
-        others = f", and {len(parsed.unused) - 1:,} more tensors likewise" if len(parsed.unused) > 1 else ""
+def _check(adapter: Adapter, path: Path, strict: bool) -> None:
+    unused = adapter.unused
+    if strict and unused:
+        key, why = next(iter(unused.items()))
+        others = f", and {len(unused) - 1:,} more tensors likewise" if len(unused) > 1 else ""
         raise AdapterFileError(
             f"{path.name}: {key[:200]!r} cannot be used: {why}{others} (strict=False loads the rest)"
         )
     if not len(adapter) and not adapter.embeddings:
-        raise AdapterFileError(f"{path.name}: nothing in it could be used ({some(parsed.unused)})")
+        raise AdapterFileError(f"{path.name}: nothing in it could be used ({some(unused)[:300]})")
     if strict:
         adapter.check()

@@ -11,6 +11,7 @@ separator (which layer; left as it is, for the families to resolve) and a suffix
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 #: the denoiser of a file whose prefix does not say whether it is a U-Net or a transformer
@@ -19,7 +20,7 @@ DENOISER = "denoiser"
 #: the suffix after the layer's name -> (method, tensor); "*" goes with any method
 PARTS: dict[str, tuple[str, str]] = {
     "alpha": ("*", "alpha"),
-    "dora_scale": ("*", "magnitude"),
+    "dora_scale": ("*", "dora_scale"),
     "magnitude": ("*", "magnitude"),
     "lora_magnitude_vector": ("*", "magnitude"),
     "lora_magnitude_vector.weight": ("*", "magnitude"),
@@ -30,6 +31,7 @@ PARTS: dict[str, tuple[str, str]] = {
     "w_norm": ("norm", "w_norm"),
     "b_norm": ("norm", "b_norm"),
     "set_weight": ("set", "value"),
+    "scale": ("set", "value"),  # BFL's Control LoRAs carry whole query and key norms
     "reshape_weight": ("set", "shape"),
     "on_input": ("ia3", "on_input"),
     "weight": ("ia3", "weight"),
@@ -50,6 +52,19 @@ PARTS: dict[str, tuple[str, str]] = {
     **{f"hada_{part}": ("loha", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{part}": ("lokr", part) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     **{f"{part}.weight": ("glora", part) for part in ("a1", "a2", "b1", "b2")},
+}
+
+#: part of a name -> what a file with such tensors is; known, and not an adapter that this package has
+REFUSED: dict[str, str] = {
+    "vera_lambda_": "VeRA, which needs the random matrices of the model it was trained on",
+    "fourierft_": "FourierFT",
+    "hra_": "Householder reflection adaptation",
+    "boft_": "PEFT's own BOFT",
+    "lllite_": "a ControlNet-LLLite",
+    "lora_controlnet": "a Control-LoRA, which is a whole ControlNet",
+    "ip_adapter": "an IP-Adapter",
+    "image_proj.": "an IP-Adapter",
+    "_aux.": "a slider tool's own bookkeeping",
 }
 
 #: what stands before the layer's name -> component; longest first where one begins with another
@@ -84,9 +99,29 @@ PREFIXES: dict[str, str] = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
-_PREFIXES = sorted(PREFIXES, key=len, reverse=True)
-_NAMED_ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(?=\.|$)")
-_BARE_TEXT_ENCODER = ("text_model.encoder.", "te_text_model_")
+_PREFIX = re.compile("|".join(re.escape(prefix) for prefix in sorted(PREFIXES, key=len, reverse=True)))
+#: older and tool-specific ways to write a name -> the way that the tables know, applied in this order
+_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # PEFT keeps the adapter's name where it saved the whole state: .lora_A.default.weight
+        (r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(?=\.|$)", r".\1"),
+        # attention processors of Diffusers <= 0.21, also without `unet.` in front; CLIP in the same files
+        (r"\.self_attn\.to_([qkv])_lora\.", r".self_attn.\1_proj.lora."),
+        (r"\.self_attn\.to_out_lora\.", ".self_attn.out_proj.lora."),
+        (r"\.processor\.(to_[qkv]|add_[qkv]_proj)_lora\.", r".\1.lora."),
+        (r"\.processor\.to_out_lora\.", ".to_out.0.lora."),
+        # XLabs: lora1 is the image's, lora2 the text's; of single blocks' linear1 only q, k and v
+        (r"^(double_blocks\.\d+)\.processor\.(qkv|proj)_lora1\.", r"\1.img_attn.\2.lora."),
+        (r"^(double_blocks\.\d+)\.processor\.(qkv|proj)_lora2\.", r"\1.txt_attn.\2.lora."),
+        (r"^(single_blocks\.\d+)\.processor\.qkv_lora\.", r"\1.linear1.qkv.lora."),
+        (r"^(single_blocks\.\d+)\.processor\.proj_lora\.", r"\1.linear2.lora."),
+        # scripts that flattened a Diffusers name, suffix and all: lora_unet_unet_…_to_k_lora_down.weight
+        (r"_lora[_.](down|up)\.weight$", r".lora_\1.weight"),
+    )
+)
+_OLD = re.compile(r"_lora[._\d]|\.(?:lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)")  # what a rewrite may touch
+_BARE_TEXT_ENCODER = ("text_model.encoder.", "text_model_encoder_")
 _UNET_BLOCKS = ("down_blocks_", "up_blocks_", "mid_block_", "input_blocks_", "output_blocks_", "middle_block_")
 
 
@@ -101,7 +136,10 @@ class Key(NamedTuple):
 
 def split(key: str) -> Key | None:
     """Component, layer, method and part of a tensor name; None where no known suffix or no layer is found."""
-    words = _NAMED_ADAPTER.sub(r".\1", key).split(".")
+    if _OLD.search(key):
+        for pattern, replacement in _REWRITES:
+            key = pattern.sub(replacement, key)
+    words = key.split(".")
     for count in (3, 2, 1):
         found = PARTS.get(".".join(words[-count:]))
         if found and len(words) > count:
@@ -110,14 +148,27 @@ def split(key: str) -> Key | None:
     return None
 
 
+def refused(key: str) -> str | None:
+    """What a tensor of that name belongs to, where that is known and not an adapter that can be read."""
+    return next((kind for sign, kind in REFUSED.items() if sign in key), None)
+
+
 def denoiser_of(layers: list[str]) -> str:
     """ "unet" or "transformer": what the layer names (dotted or flattened) of a file's denoiser belong to."""
     is_unet = any(layer.replace(".", "_").startswith(_UNET_BLOCKS) for layer in layers)
     return "unet" if is_unet else "transformer"
 
 
+def is_flux(layers: list[str]) -> bool:
+    """Whether the layer names of a file's denoiser are those of FLUX."""
+    blocks = ("double_blocks_", "single_blocks_", "single_transformer_blocks_")
+    return any(layer.replace(".", "_").startswith(blocks) for layer in layers)
+
+
+@lru_cache(maxsize=4096)
 def _component(path: str) -> tuple[str, str]:
-    for prefix in _PREFIXES:
-        if path.startswith(prefix):
-            return PREFIXES[prefix], path.removeprefix(prefix)
-    return ("text_encoder" if path.startswith(_BARE_TEXT_ENCODER) else DENOISER), path
+    prefix = _PREFIX.match(path)
+    component, layer = (PREFIXES[prefix[0]], path[prefix.end() :]) if prefix else (DENOISER, path)
+    if component == DENOISER and layer.startswith(_BARE_TEXT_ENCODER):
+        component = "text_encoder"
+    return component, layer

@@ -19,8 +19,18 @@ from lora_diffusion.adapter import Adapter, LayerAdapter, flat, same_layer
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.assemble import assemble
+from lora_diffusion.formats.embeddings import bundled
 
-_STARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_prior_", "lora_transformer_")
+_STARTS = (
+    "lora_unet_",
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "lora_prior_",
+    "lora_transformer_",
+    "oft_unet_",
+)
 _PREFIXES = {
     "unet": "lora_unet_",
     "transformer": "lora_unet_",
@@ -28,18 +38,20 @@ _PREFIXES = {
     "text_encoder_2": "lora_te2_",
     "text_encoder_3": "lora_te3_",
 }
+_MAGNITUDE = {"magnitude": "dora_scale"}
 #: method -> tensor -> suffix
 _SUFFIXES: dict[str, dict[str, str]] = {
-    "lora": {"down": "lora_down.weight", "up": "lora_up.weight", "diff_b": "diff_b"},
+    "lora": {"down": "lora_down.weight", "up": "lora_up.weight", "diff_b": "diff_b", "up_bias": "lora_B.bias"},
     "dora": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
     "locon": {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"},
-    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | _MAGNITUDE,
+    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | _MAGNITUDE,
     "ia3": {"weight": "weight", "on_input": "on_input"},
-    "oft": {"blocks": "oft_blocks", "diag": "oft_diag", "rescale": "rescale"},
+    "oft": {"blocks": "oft_blocks", "diag": "oft_diag", "rescale": "rescale", "R": "oft_R.weight"},
     "glora": {part: f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
     "full": {"diff": "diff", "diff_b": "diff_b"},
     "norm": {"w_norm": "w_norm", "b_norm": "b_norm"},
+    "set": {"value": "set_weight", "shape": "reshape_weight"},
 }
 
 
@@ -47,6 +59,7 @@ class Kohya:
     """Reads and writes the files of sd-scripts and LyCORIS."""
 
     name = "kohya"
+    writes = True
 
     def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether any tensor has a flattened prefix."""
@@ -54,24 +67,22 @@ class Kohya:
 
     def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
         """The neutral form, under flattened names that the live model resolves; `ss_network_alpha` never scales."""
-        return assemble(tensors, lambda *_: None)
+        return assemble(tensors)
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata. AdapterFileError for what has no kohya name: tokens, other components or methods."""
         who = f"adapter {adapter.name!r}"
-        if adapter.embeddings:
-            raise AdapterFileError(f"{who}: the kohya spelling has no place for tokens ({some(adapter.embeddings)})")
         homeless = sorted(adapter.layers.keys() - _PREFIXES.keys())
         if homeless:
             raise AdapterFileError(f"{who}: the kohya spelling has no name for {some(homeless)}")
         only = "text_encoder_2" not in adapter.layers and "text_encoder_3" not in adapter.layers
         prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if only else _PREFIXES
-        tensors: dict[str, Tensor] = {}
+        tensors = bundled(adapter.embeddings, who)
         for component, name, layer in adapter:
             path = prefixes[component] + _body(component, name)
             if f"{path}.alpha" in tensors:
                 raise AdapterFileError(f"{who}: two layers of {component} flatten to {path!r}; {name!r} is one")
-            tensors |= _tensors(path, layer, who)
+            tensors |= layer_tensors(path, layer, who)
         return tensors, dict(adapter.metadata)
 
 
@@ -81,12 +92,17 @@ def _body(component: str, name: str) -> str:
     return flat(name)
 
 
-def _tensors(path: str, layer: LayerAdapter, who: str) -> dict[str, Tensor]:
+def layer_tensors(path: str, layer: LayerAdapter, who: str) -> dict[str, Tensor]:
+    """One layer under the LyCORIS suffixes. AdapterFileError for a method or tensor without one."""
     suffixes = _SUFFIXES.get(layer.method, {})
     unsayable = sorted(layer.tensors.keys() - suffixes.keys())
     if unsayable:
         raise AdapterFileError(f"{who}: {path}: the kohya spelling cannot say {some(unsayable)} of {layer.method}")
     tensors = {f"{path}.{suffixes[part]}": tensor for part, tensor in layer.tensors.items()}
+    magnitude = layer.tensors.get("magnitude")
+    if magnitude is not None and magnitude.ndim == 1:  # one for each output: (out, 1[, 1, 1]) here
+        ones = layer.tensors["down"].ndim - 1 if "down" in layer.tensors else 1
+        tensors[f"{path}.dora_scale"] = magnitude.reshape(-1, *(1,) * ones)
     if layer.alpha is not None:
         tensors[f"{path}.alpha"] = _alpha(layer.alpha)
     return tensors

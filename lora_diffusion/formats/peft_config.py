@@ -23,6 +23,9 @@ from lora_diffusion.errors import AdapterFileError
 #: where Diffusers (0.34 and later) keeps the LoraConfig of every component, as one flat JSON table
 METADATA_KEY = "lora_adapter_metadata"
 
+#: where `load_adapter` puts the text of a PEFT folder's `adapter_config.json`
+SIDECAR_KEY = "adapter_config.json"
+
 _LITERAL = re.compile(r"\^?[\w.\\-]+\$?")
 _TAME = re.compile(r"[\w.\\|^$*+\[\]()?:-]{1,400}")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -57,7 +60,7 @@ class _Pattern:
     """Pattern -> number, as PEFT looks it up, in time linear in the number of layers."""
 
     def __init__(self, table: object, where: str) -> None:
-        self._literal: dict[str, tuple[int, bool, float]] = {}  # name -> (order, anchored at the start, value)
+        self._literal: dict[tuple[str, bool], tuple[int, float]] = {}  # (name, anchored at the start) -> (order, value)
         self._others: list[tuple[int, re.Pattern[str], float]] = []
         if table is not None and not isinstance(table, dict):
             raise AdapterFileError(f"{where} is not a table of layer names and numbers")
@@ -65,20 +68,15 @@ class _Pattern:
             number = _number(value, key, where)
             if _LITERAL.fullmatch(key):
                 name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-                self._literal.setdefault(name, (order, key.startswith("^"), number))
+                self._literal.setdefault((name, key.startswith("^")), (order, number))
             else:
                 self._others.append((order, _expression(key, where), number))
 
     def get(self, layer: str, default: float) -> float:
         """The number of the first key that matches `layer`."""
         words = layer.split(".")
-        endings = [".".join(words[start:]) for start in range(len(words))]
-        hits = [
-            (order, value)
-            for ending in endings
-            for order, anchored, value in [self._literal.get(ending, (-1, False, 0.0))]
-            if order >= 0 and not (anchored and ending != layer)
-        ]
+        endings = [(".".join(words[start:]), False) for start in range(len(words))]
+        hits = [self._literal[key] for key in [(layer, True), *endings] if key in self._literal]
         hits += [(order, value) for order, expression, value in self._others if expression.match(layer[:1000])]
         return min(hits)[1] if hits else default
 
@@ -87,17 +85,32 @@ def scales_of(metadata: Mapping[str, str]) -> dict[str, Scales]:
     """component -> scales from `lora_adapter_metadata`; empty where the file has none."""
     if METADATA_KEY not in metadata:
         return {}
-    try:
-        table = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"metadata {METADATA_KEY!r} is damaged JSON ({str(error)[:100]})") from None
-    if not isinstance(table, dict):
-        raise AdapterFileError(f"metadata {METADATA_KEY!r} is not a JSON object")
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in cast("dict[str, Any]", table).items():
+    for key, value in _json(metadata[METADATA_KEY], f"metadata {METADATA_KEY!r}").items():
         component, _, setting = key.partition(".")
         configs.setdefault(component, {})[setting] = value
     return {component: Scales(config, f"{METADATA_KEY} {component}") for component, config in configs.items()}
+
+
+def sidecar_scales(metadata: Mapping[str, str]) -> Scales | None:
+    """Scales from the `adapter_config.json` of a PEFT folder, which speaks of one component; None without one."""
+    if SIDECAR_KEY not in metadata:
+        return None
+    config = _json(metadata[SIDECAR_KEY], "adapter_config.json")
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterFileError(f"adapter_config.json: peft_type is {str(kind)[:40]!r}, expected 'LORA'")
+    return Scales(config, "adapter_config.json")
+
+
+def _json(text: str, where: str) -> dict[str, Any]:
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{where} is damaged JSON ({str(error)[:100]})") from None
+    if not isinstance(table, dict):
+        raise AdapterFileError(f"{where} is not a JSON object")
+    return cast("dict[str, Any]", table)
 
 
 def config_of(layers: Mapping[str, LayerAdapter], suffix_keys: bool = False) -> dict[str, Any]:
@@ -131,7 +144,7 @@ def _commonest(values: Iterable[float]) -> float:
 def _number(value: object, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise AdapterFileError(f"{where}: {key[:100]!r} is {str(value)[:40]!r}, expected a finite number")
-    return value
+    return float(value)
 
 
 def _expression(key: str, where: str) -> re.Pattern[str]:

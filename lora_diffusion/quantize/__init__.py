@@ -15,6 +15,7 @@ from lora_diffusion.quantize.files import load_quantized, save_quantized
 from lora_diffusion.quantize.layers import dequantize, is_quantized
 from lora_diffusion.quantize.plan import ADALN, Precision
 from lora_diffusion.quantize.report import LayerCost, QuantizationReport
+from lora_diffusion.quantize.streaming import WeightFiles, empty_model
 from lora_diffusion.quantize.walk import quantize
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "LayerCost",
     "Precision",
     "QuantizationReport",
+    "WeightFiles",
     "dequantize",
+    "empty_model",
     "fingerprint",
     "is_quantized",
     "load_quantized",

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint", "frozen_modules", "own_tensors", "weight_bytes"]
+__all__ = ["fingerprint", "frozen_modules", "own_tensors", "tie", "ties", "weight_bytes"]
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, buffers and quantisation constants; what is shared counts once."""
-    tensors = (tensor for _, module in frozen_modules(model) for _, tensor in own_tensors(module))
-    return sum({(tensor.device, tensor.data_ptr(), tensor.nbytes): tensor.nbytes for tensor in tensors}.values())
+    """Bytes of all parameters, buffers and quantisation constants; what is shared counts once (but on meta)."""
+    tensors = [tensor for _, module in frozen_modules(model) for _, tensor in own_tensors(module)]
+    real = {(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors if not t.is_meta}
+    return sum(real.values()) + sum(t.nbytes for t in tensors if t.is_meta)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -48,3 +49,19 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if state.nested:
         constants |= {"state2.absmax": state.state2.absmax, "state2.code": state.state2.code}
     yield from ((f"weight.{name}", tensor) for name, tensor in constants.items() if tensor is not None)
+
+
+def ties(model: nn.Module) -> list[tuple[str, str]]:
+    """Pairs of names for one and the same parameter, the first name always first."""
+    first: dict[int, str] = {}
+    named = list(model.named_parameters(remove_duplicate=False))
+    return [(kept, name) for name, p in named if (kept := first.setdefault(id(p), name)) != name]
+
+
+def tie(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    """Let both names of each pair mean one parameter again: the one that is not on the meta device."""
+    for pair in pairs:
+        filled = next((name for name in pair if not model.get_parameter(name).is_meta), pair[0])
+        for name in pair:
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, model.get_parameter(filled))

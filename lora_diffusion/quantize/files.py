@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_diffusion.errors import ConfigError, some
-from lora_diffusion.quantize.contents import frozen_modules
+from lora_diffusion.quantize.contents import frozen_modules, tie, ties
 from lora_diffusion.quantize.int8 import Int8Linear
 from lora_diffusion.quantize.layers import four_bit_from_bytes, is_four_bit
 from lora_diffusion.quantize.plan import Fate
@@ -72,24 +72,15 @@ def load_quantized(
     _check_fits(model, layers, tensors, path)
     for name, how in layers.items():
         model.set_submodule(name, _layer_from(model.get_submodule(name), how, _pop_below(tensors, name), where))
-    ties = _ties(model)
+    pairs = ties(model)
     model.load_state_dict(tensors, strict=False, assign=True)
-    for first, second in ties:
-        owner, _, name = second.rpartition(".")
-        setattr(model.get_submodule(owner), name, model.get_parameter(first))
+    tie(model, pairs)
     for module in model.modules():  # those that no file holds, because modules compute them
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(where))
     model.requires_grad_(requires_grad=False)
     fates = {name: Fate("kept", "as it was saved") for name in layers}
     return report_on(model, "as saved", fates)
-
-
-def _ties(model: nn.Module) -> list[tuple[str, str]]:
-    """Pairs of names for one and the same parameter."""
-    first: dict[int, str] = {}
-    named = list(model.named_parameters(remove_duplicate=False))
-    return [(kept, name) for name, p in named if (kept := first.setdefault(id(p), name)) != name]
 
 
 def _stored(module: nn.Module) -> dict[str, str]:

@@ -82,7 +82,7 @@ def dequantize(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         if getattr(state, "packing_format_for_cpu", False):  # a layer of somebody else's that has run in eval mode
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
         state.dtype = dtype
-        return functional.dequantize_4bit(data, state).reshape(state.shape)  # one byte alone comes transposed
+        return functional.dequantize_4bit(data, state)
     if _is(layer, "Linear8bitLt"):
         codes = foreign.weight.data if foreign.state.CB is None else foreign.state.CB
         scale = foreign.weight.SCB if foreign.state.SCB is None else foreign.state.SCB

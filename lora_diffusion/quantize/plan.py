@@ -105,7 +105,8 @@ def _fate(name: str, layer: nn.Linear, precision: Precision, eight_bit: Sequence
         return Fate("int8", "linear layer")
     if any(_below(name, glob) for glob in EIGHT_BITS_AT_LEAST):
         return Fate("int8", "T5 feed-forward: casts its input to a 4-bit weight's bytes")
-    if layer.in_features % 2:  # on a CPU, bitsandbytes would run the C++ compiler for each such shape (seconds each)
+    # bitsandbytes would run the C++ compiler for each odd shape on a CPU (seconds each), and transposes a lone pair
+    if layer.in_features % 2 or layer.weight.numel() <= 2:
         return Fate("int8", "odd width: 4-bit weights come in pairs")
     return Fate("nf4", "linear layer")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.quantize.contents import frozen_modules, own_tensors
+from lora_diffusion.quantize.contents import frozen_modules, own_tensors, tie, ties
 from lora_diffusion.quantize.int8 import Int8Linear, bias_of
 from lora_diffusion.quantize.layers import bitsandbytes, four_bit, is_four_bit, is_quantized
 from lora_diffusion.quantize.plan import DTYPES, Fate, Precision, plan, reason_for
 from lora_diffusion.quantize.report import LayerCost, QuantizationReport
+from lora_diffusion.quantize.streaming import check_weights, fill
 
 __all__ = ["checked_device", "quantize", "report_on"]
 
@@ -29,6 +30,7 @@ def quantize(
     double_quant: bool = True,
     block_size: int = 64,
     device: torch.device | str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> QuantizationReport:
     """Quantise and freeze `model` in place, moving each layer to `device` on the way if one is given.
 
@@ -38,9 +40,13 @@ def quantize(
     `nn.Linear` is cast to `compute_dtype` (for precision bf16, fp16, fp32: to that one). Quantise first, attach
     adapters afterwards.
 
+    With `weights` the values are read from there, name by name, layer after layer: for a model whose parameters are
+    on the meta device (`empty_model`, `WeightFiles`), so that the dense model is never in memory.
+
     Returns what each layer became, why, and its bytes. Raises ConfigError for an unknown precision or block size,
-    a device that is not there, missing bitsandbytes or a layer with adapters on it; TargetError for a glob that
-    matches no linear layer. Nothing has been changed when it raises.
+    a device that is not there, missing bitsandbytes, a layer with adapters on it or weights of another model;
+    TargetError for a glob that matches no linear layer. Nothing has been changed when it raises, unless a weight
+    turned out to have another shape.
     """
     where = None if device is None else checked_device(device)
     fates = plan(model, precision, keep=keep, eight_bit=eight_bit, keep_adaln=keep_adaln)
@@ -48,19 +54,26 @@ def quantize(
         bitsandbytes()
         if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
             raise ConfigError(f"block_size is {block_size}; expected a power of two from 32 to 4096 (QLoRA: 64)")
-    dtype = DTYPES.get(precision, compute_dtype)
-    for name, fate in fates.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        home = where or layer.weight.device
-        if fate.stored == "nf4":
-            new = four_bit(layer, device=home, dtype=dtype, double_quant=double_quant, block_size=block_size)
-            model.set_submodule(name, new)
-        elif fate.stored == "int8":
-            model.set_submodule(name, Int8Linear.from_linear(layer, device=home, dtype=dtype))
-    for _, module in frozen_modules(model):
-        if not is_quantized(module):
-            _cast(module, where, dtype)
+    dtype, pairs = DTYPES.get(precision, compute_dtype), ties(model)
+    if weights is not None:
+        check_weights(model, weights)
+    for name in [name for name, _ in frozen_modules(model)]:
+        module = model.get_submodule(name)
+        if weights is not None:
+            fill(module, name, weights)
+        stored = fates[name].stored if name in fates else "kept"
+        if stored == "kept":
+            if not is_quantized(module):
+                _cast(module, where, dtype)
+            continue
+        assert isinstance(module, nn.Linear)
+        home = where or module.weight.device
+        if stored == "nf4":
+            new = four_bit(module, device=home, dtype=dtype, double_quant=double_quant, block_size=block_size)
+        else:
+            new = Int8Linear.from_linear(module, device=home, dtype=dtype)
+        model.set_submodule(name, new)
+    tie(model, pairs)
     model.requires_grad_(requires_grad=False)
     return report_on(model, precision, fates)
 
@@ -84,6 +97,8 @@ def checked_device(device: torch.device | str) -> torch.device:
 def _cast(module: nn.Module, device: torch.device | None, dtype: torch.dtype) -> None:
     """Move a module's own tensors; cast its floats, but not buffers that the module computes for itself."""
     for parameter in module.parameters(recurse=False):  # in place, so that tied parameters stay tied
+        if parameter.is_meta and device is not None:  # waits for its twin
+            continue
         parameter.data = parameter.data.to(device=device, dtype=dtype if parameter.is_floating_point() else None)
     saved = module.state_dict(keep_vars=True)
     for name, buffer in list(module.named_buffers(recurse=False)):
@@ -94,7 +109,7 @@ def _cast(module: nn.Module, device: torch.device | None, dtype: torch.dtype) ->
 def _costs(model: nn.Module, fates: Mapping[str, Fate]) -> Iterator[LayerCost]:
     seen: set[int] = set()
     for name, module in frozen_modules(model):
-        tensors = [tensor for _, tensor in own_tensors(module) if tensor.data_ptr() not in seen]
+        tensors = [tensor for _, tensor in own_tensors(module) if tensor.is_meta or tensor.data_ptr() not in seen]
         seen.update(tensor.data_ptr() for tensor in tensors)
         if not tensors:
             continue

@@ -21,8 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_diffusion.errors import ConfigError, did_you_mean
-
-Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+from lora_diffusion.quantize import Precision
 
 
 class _Section(BaseModel):
@@ -104,8 +103,8 @@ class TrainConfig(_Section):
     train: LoopConfig = Field(default_factory=LoopConfig.model_construct)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-        """Read a TOML file. `overrides` are `key=value` with dotted keys; paths are taken from where you are."""
+    def load(cls, path: str | Path, assignments: Iterable[str] = ()) -> TrainConfig:
+        """Read a TOML file. `assignments` are `key=value` with dotted keys; paths are taken from where you are."""
         path = Path(path)
         if not path.is_file():
             raise ConfigError(f"no configuration file {path}")
@@ -113,8 +112,8 @@ class TrainConfig(_Section):
             settings = tomllib.loads(path.read_text("utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
-        for override in overrides:
-            _override(settings, override)
+        for assignment in assignments:
+            override(settings, assignment)
         return cls.parse(settings, str(path))
 
     @classmethod
@@ -126,10 +125,11 @@ class TrainConfig(_Section):
             raise ConfigError(f"{source}: {_explain(error)}") from None
 
 
-def _override(settings: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(settings: dict[str, Any], assignment: str) -> None:
+    """Apply `section.key=value` (TOML value or bare word) to nested settings. ConfigError for anything else."""
+    key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r} is no setting; expected key=value such as train.steps=100")
+        raise ConfigError(f"{assignment!r} is no setting; expected key=value such as train.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -139,7 +139,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
     for section in sections:
         inner = inner.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{override!r}: {section!r} is a setting, not a section")
+            raise ConfigError(f"{assignment!r}: {section!r} is a setting, not a section")
     inner[last] = value
 
 

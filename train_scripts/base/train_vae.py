@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from resumable import Run, cosine
 from torch import Tensor
 
-CROPS, WHOLE = 84_000, 24_000  # samples in the two phases
+CROPS, WHOLE = 84_000, 15_000  # samples in the two phases
 CHROMA = torch.tensor([[0.5, -0.419, -0.081], [-0.169, -0.331, 0.5]])  # rows: Cr, Cb
 
 

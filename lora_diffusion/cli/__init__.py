@@ -1,0 +1,51 @@
+"""The command line. One file a command, no logic; heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from lora_diffusion.cli.generate import generate
+from lora_diffusion.cli.grid import grid
+from lora_diffusion.cli.quickstart import quickstart
+from lora_diffusion.cli.train import train
+from lora_diffusion.errors import LoraDiffusionError
+
+
+def application(*commands: Callable[..., None]) -> typer.Typer:
+    """A typer application of these commands (one command: without a name of its own)."""
+    app = typer.Typer(
+        name="lora-diffusion",
+        help="Train, load, blend and merge LoRA adapters for Diffusers pipelines, over 4-bit frozen backbones.",
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for command in commands:
+        app.command()(command)
+    return app
+
+
+def run(*commands: Callable[..., None]) -> None:
+    """Run a command line. What goes wrong on purpose is one sentence and exit code 2; an interruption is 130."""
+    try:
+        application(*commands)()
+    except LoraDiffusionError as error:
+        print(f"lora-diffusion: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lora-diffusion: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of `lora-diffusion`."""
+    run(quickstart, train, generate, grid)
+
+
+if __name__ == "__main__":
+    main()

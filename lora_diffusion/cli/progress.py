@@ -1,0 +1,131 @@
+"""Progress bars and closing lines that several commands show."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lora_diffusion.quickstart import Plan, Shown, show
+from lora_diffusion.training.config import TrainConfig
+from lora_diffusion.training.loop import Progress as Step
+from lora_diffusion.training.loop import TrainResult, train
+
+STAGES = {"prepare": "encoding pictures", "train": "training", "measure": "measuring on held-out pictures"}
+EVERY = 15.0  # seconds between lines of text where there is no terminal
+console = Console()
+
+
+def bar() -> Progress:
+    """A progress bar with count, note, elapsed and remaining time; nothing where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description:<32}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+class StageBars:
+    """A bar for each stage, made when it is first heard of; lines of text now and then without a terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+        self.said = -math.inf
+
+    def show(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Move a stage's bar."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=total, note="")
+        self.progress.update(self.tasks[stage], completed=done, note=note)
+        now = time.monotonic()
+        if self.progress.disable and (done == total or now - self.said > EVERY):
+            self.said = now
+            console.print(f"{stage} {done}/{total} {note}".rstrip(), highlight=False)
+
+
+class TrainingBars(StageBars):
+    """Turns the loop's reports into bars with loss and speed."""
+
+    smooth, started = math.nan, math.nan
+
+    def __call__(self, step: Step) -> None:
+        """Show one report."""
+        note = ""
+        if step.stage == "train":
+            if math.isnan(self.smooth):
+                self.smooth, self.started, self.first = step.loss, time.monotonic(), step.done
+            self.smooth = 0.95 * self.smooth + 0.05 * step.loss
+            seconds = time.monotonic() - self.started
+            speed = f" · {(step.done - self.first) / seconds:.2f} steps/s" if step.done > self.first else ""
+            note = f"loss {self.smooth:.4f}{speed}"
+        self.show(STAGES[step.stage], step.done, step.total, note)
+
+
+def show_training(config: TrainConfig) -> TrainResult:
+    """Train with a progress bar and say what came out; exit code 130 when interrupted."""
+    with bar() as progress:
+        result = train(config, TrainingBars(progress))
+    if result.report is not None:
+        console.print(str(result.report), highlight=False)
+    unchanged = "no byte of the backbone changed" if result.backbone_unchanged else "THE BACKBONE CHANGED"
+    if result.adapter is None:
+        console.print(f"interrupted after step {result.steps}, saved; {unchanged}; the same command goes on")
+        raise typer.Exit(130)
+    console.print(
+        f"{result.adapter}: {result.parameters:,} parameters, {_size(result.adapter)}; "
+        f"held-out loss {result.heldout_base:.4f} -> {result.heldout_adapter:.4f}; {unchanged}"
+    )
+    return result
+
+
+def show_quickstart(plan: Plan) -> None:
+    """Train, draw, score, and sum it all up in a table."""
+    start = time.monotonic()
+    result = show_training(plan.config)
+    trained = time.monotonic()
+    assert result.adapter is not None
+    with bar() as progress:
+        shown = show(plan, result.adapter, StageBars(progress).show)
+    console.print(_summary(plan, result, shown, trained - start))
+    console.print(f"\nLook at [bold]{shown.grid}[/bold]", highlight=False)
+
+
+def _summary(plan: Plan, result: TrainResult, shown: Shown, training: float) -> Table:
+    table = Table(title="What happened", show_header=False, title_justify="left")
+    steps = f"{result.steps} steps, {result.seconds / max(1, result.steps):.2f} s each"
+    table.add_row(f"training ({plan.config.backbone.precision})", f"{training:.0f} s ({steps})")
+    for stage, seconds in shown.seconds.items():
+        table.add_row(stage, f"{seconds:.0f} s")
+    table.add_row("held-out loss, base → adapter", f"{result.heldout_base:.4f} → {result.heldout_adapter:.4f}")
+    score = f"{shown.score_before:.2f} → {shown.score_after:.2f} (0: as the base draws, 1: as the pack's true pictures)"
+    table.add_row(f"style score on {shown.scored} things not in the pack", score)
+    table.add_row("backbone", "no byte changed" if result.backbone_unchanged else "CHANGED")
+    assert result.adapter is not None
+    table.add_row("adapter", f"{result.adapter} ({_size(result.adapter)}, {result.parameters:,} parameters)")
+    if shown.second is None:
+        table.add_row("second adapter", "left out: it was made for the shipped base model")
+    return table
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.2f} MiB"

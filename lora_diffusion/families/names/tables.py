@@ -1,0 +1,254 @@
+"""The tables: original names of the denoisers' layers, by Diffusers model class.
+
+Collected from the checkpoint converters of Diffusers (diffusers/loaders/single_file_utils.py), against which the
+tests hold them. Layers that are called the same in both need no entry.
+"""
+
+from __future__ import annotations
+
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_CONTEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+
+
+def _in(block: str, layers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{block}.{{}}.{layer}" for layer in layers)
+
+
+_DOUBLE = "transformer_blocks"
+_SINGLE = "single_transformer_blocks"
+
+#: what FLUX.1, FLUX.2 and Chroma share
+_FLUX_ATTENTION = {
+    "double_blocks.{}.img_attn.qkv": _in(_DOUBLE, _QKV),
+    "double_blocks.{}.txt_attn.qkv": _in(_DOUBLE, _CONTEXT_QKV),
+    "double_blocks.{}.img_attn.proj": f"{_DOUBLE}.{{}}.attn.to_out.0",
+    "double_blocks.{}.txt_attn.proj": f"{_DOUBLE}.{{}}.attn.to_add_out",
+    "double_blocks.{}.img_attn.norm.query_norm": f"{_DOUBLE}.{{}}.attn.norm_q",
+    "double_blocks.{}.img_attn.norm.key_norm": f"{_DOUBLE}.{{}}.attn.norm_k",
+    "double_blocks.{}.txt_attn.norm.query_norm": f"{_DOUBLE}.{{}}.attn.norm_added_q",
+    "double_blocks.{}.txt_attn.norm.key_norm": f"{_DOUBLE}.{{}}.attn.norm_added_k",
+    "single_blocks.{}.norm.query_norm": f"{_SINGLE}.{{}}.attn.norm_q",
+    "single_blocks.{}.norm.key_norm": f"{_SINGLE}.{{}}.attn.norm_k",
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+FLUX = {
+    **_FLUX_ATTENTION,
+    "double_blocks.{}.img_mlp.0": f"{_DOUBLE}.{{}}.ff.net.0.proj",
+    "double_blocks.{}.img_mlp.2": f"{_DOUBLE}.{{}}.ff.net.2",
+    "double_blocks.{}.txt_mlp.0": f"{_DOUBLE}.{{}}.ff_context.net.0.proj",
+    "double_blocks.{}.txt_mlp.2": f"{_DOUBLE}.{{}}.ff_context.net.2",
+    "double_blocks.{}.img_mod.lin": f"{_DOUBLE}.{{}}.norm1.linear",
+    "double_blocks.{}.txt_mod.lin": f"{_DOUBLE}.{{}}.norm1_context.linear",
+    "single_blocks.{}.linear1": _in(_SINGLE, (*_QKV, "proj_mlp")),
+    "single_blocks.{}.linear1.qkv": _in(_SINGLE, _QKV),  # XLabs trains these rows alone
+    "single_blocks.{}.linear2": f"{_SINGLE}.{{}}.proj_out",
+    "single_blocks.{}.modulation.lin": f"{_SINGLE}.{{}}.norm.linear",
+    **{
+        f"{ours}.{layer}": f"time_text_embed.{theirs}.linear_{number}"
+        for ours, theirs in {
+            "time_in": "timestep_embedder",
+            "guidance_in": "guidance_embedder",
+            "vector_in": "text_embedder",
+        }.items()
+        for number, layer in ((1, "in_layer"), (2, "out_layer"))
+    },
+    "distilled_guidance_layer.layers.{}.in_layer": "distilled_guidance_layer.layers.{}.linear_1",  # Chroma
+    "distilled_guidance_layer.layers.{}.out_layer": "distilled_guidance_layer.layers.{}.linear_2",
+}
+FLUX2 = {
+    **_FLUX_ATTENTION,
+    "double_blocks.{}.img_mlp.0": f"{_DOUBLE}.{{}}.ff.linear_in",
+    "double_blocks.{}.img_mlp.2": f"{_DOUBLE}.{{}}.ff.linear_out",
+    "double_blocks.{}.txt_mlp.0": f"{_DOUBLE}.{{}}.ff_context.linear_in",
+    "double_blocks.{}.txt_mlp.2": f"{_DOUBLE}.{{}}.ff_context.linear_out",
+    "single_blocks.{}.linear1": f"{_SINGLE}.{{}}.attn.to_qkv_mlp_proj",
+    "single_blocks.{}.linear2": f"{_SINGLE}.{{}}.attn.to_out",
+    **{f"{name}.lin": f"{name}.linear" for name in ("double_stream_modulation_img", "double_stream_modulation_txt")},
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+}
+SD3 = {
+    "joint_blocks.{}.x_block.attn.qkv": _in(_DOUBLE, _QKV),
+    "joint_blocks.{}.x_block.attn2.qkv": _in(_DOUBLE, ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
+    "joint_blocks.{}.x_block.attn2.proj": f"{_DOUBLE}.{{}}.attn2.to_out.0",
+    "joint_blocks.{}.context_block.attn.qkv": _in(_DOUBLE, _CONTEXT_QKV),
+    "joint_blocks.{}.x_block.attn.proj": f"{_DOUBLE}.{{}}.attn.to_out.0",
+    "joint_blocks.{}.context_block.attn.proj": f"{_DOUBLE}.{{}}.attn.to_add_out",
+    "joint_blocks.{}.x_block.mlp.fc1": f"{_DOUBLE}.{{}}.ff.net.0.proj",
+    "joint_blocks.{}.x_block.mlp.fc2": f"{_DOUBLE}.{{}}.ff.net.2",
+    "joint_blocks.{}.context_block.mlp.fc1": f"{_DOUBLE}.{{}}.ff_context.net.0.proj",
+    "joint_blocks.{}.context_block.mlp.fc2": f"{_DOUBLE}.{{}}.ff_context.net.2",
+    "joint_blocks.{}.x_block.adaLN_modulation.1": f"{_DOUBLE}.{{}}.norm1.linear",
+    "joint_blocks.{}.context_block.adaLN_modulation.1": f"{_DOUBLE}.{{}}.norm1_context.linear",
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_REFINER = "context_embedder.token_refiner.refiner_blocks"
+_TXT_IN = "txt_in.individual_token_refiner.blocks.{}"
+HUNYUAN_VIDEO = {
+    **{
+        f"double_blocks.{{}}.{stream}_attn{dot}{layer}": targets
+        for dot in ("_", ".")  # its authors' way and ComfyUI's
+        for stream, layer, targets in (
+            ("img", "qkv", _in(_DOUBLE, _QKV)),
+            ("txt", "qkv", _in(_DOUBLE, _CONTEXT_QKV)),
+            ("img", "proj", f"{_DOUBLE}.{{}}.attn.to_out.0"),
+            ("txt", "proj", f"{_DOUBLE}.{{}}.attn.to_add_out"),
+        )
+    },
+    **{
+        f"double_blocks.{{}}.{stream}_mlp.{name}": f"{_DOUBLE}.{{}}.{feed}.{layer}"
+        for stream, feed in (("img", "ff"), ("txt", "ff_context"))
+        for name, layer in (("fc1", "net.0.proj"), ("fc2", "net.2"), ("0", "net.0.proj"), ("2", "net.2"))
+    },
+    **{
+        f"double_blocks.{{}}.{stream}_mod.{name}": f"{_DOUBLE}.{{}}.{norm}.linear"
+        for stream, norm in (("img", "norm1"), ("txt", "norm1_context"))
+        for name in ("linear", "lin")
+    },
+    "single_blocks.{}.linear1": _in(_SINGLE, (*_QKV, "proj_mlp")),
+    "single_blocks.{}.linear2": f"{_SINGLE}.{{}}.proj_out",
+    "single_blocks.{}.modulation.linear": f"{_SINGLE}.{{}}.norm.linear",
+    "single_blocks.{}.modulation.lin": f"{_SINGLE}.{{}}.norm.linear",
+    f"{_TXT_IN}.self_attn_qkv": _in(_REFINER, _QKV),
+    f"{_TXT_IN}.self_attn.qkv": _in(_REFINER, _QKV),
+    f"{_TXT_IN}.self_attn_proj": f"{_REFINER}.{{}}.attn.to_out.0",
+    f"{_TXT_IN}.self_attn.proj": f"{_REFINER}.{{}}.attn.to_out.0",
+    f"{_TXT_IN}.mlp.fc1": f"{_REFINER}.{{}}.ff.net.0.proj",
+    f"{_TXT_IN}.mlp.fc2": f"{_REFINER}.{{}}.ff.net.2",
+    f"{_TXT_IN}.mlp.0": f"{_REFINER}.{{}}.ff.net.0.proj",
+    f"{_TXT_IN}.mlp.2": f"{_REFINER}.{{}}.ff.net.2",
+    f"{_TXT_IN}.adaLN_modulation.1": f"{_REFINER}.{{}}.norm_out.linear",
+    "txt_in.input_embedder": "context_embedder.proj_in",
+    **{
+        f"txt_in.{original}": f"context_embedder.time_text_embed.{layer}"
+        for original, layer in {
+            "t_embedder.mlp.0": "timestep_embedder.linear_1",
+            "t_embedder.mlp.2": "timestep_embedder.linear_2",
+            "c_embedder.linear_1": "text_embedder.linear_1",
+            "c_embedder.linear_2": "text_embedder.linear_2",
+        }.items()
+    },
+    **{
+        f"{ours}.{original}": f"time_text_embed.{theirs}.linear_{number}"
+        for ours, theirs, layers in (
+            ("time_in", "timestep_embedder", ("mlp.0", "mlp.2")),
+            ("guidance_in", "guidance_embedder", ("mlp.0", "mlp.2")),
+            ("vector_in", "text_embedder", ("in_layer", "out_layer")),
+        )
+        for number, original in enumerate(layers, 1)
+    },
+    "img_in.proj": "x_embedder.proj",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+
+
+def _next_dit(attention: str, rest: dict[str, str]) -> dict[str, str | tuple[str, ...]]:
+    """Lumina 2 and Z-Image: the same blocks three times."""
+    table: dict[str, str | tuple[str, ...]] = {}
+    for block in ("layers", "noise_refiner", "context_refiner"):
+        qkv = tuple(f"{block}.{{}}.{attention}.to_{part}" for part in "qkv")
+        table[f"{block}.{{}}.attention.qkv"] = qkv
+        table |= {f"{block}.{{}}.attention.to.{part}": layer for part, layer in zip("qkv", qkv, strict=True)}
+        table[f"{block}.{{}}.attention.out"] = f"{block}.{{}}.{attention}.to_out.0"
+        table |= {f"{block}.{{}}.{original}": f"{block}.{{}}.{layer}" for original, layer in rest.items()}
+    return table
+
+
+LUMINA2 = {
+    **_next_dit(
+        "attn",
+        {
+            **{f"feed_forward.w{number}": f"feed_forward.linear_{number}" for number in (1, 2, 3)},
+            "adaLN_modulation.1": "norm1.linear",
+        },
+    ),
+    "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+    "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+    "final_layer.linear": "norm_out.linear_2",
+}
+Z_IMAGE = {
+    **_next_dit("attention", {}),
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+}
+WAN = {
+    **{
+        f"blocks.{{}}.{original}.{part}": f"blocks.{{}}.{attention}.{layer}"
+        for original, attention in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for part, layer in {
+            "q": "to_q",
+            "k": "to_k",
+            "v": "to_v",
+            "o": "to_out.0",
+            "norm_q": "norm_q",
+            "norm_k": "norm_k",
+            "k_img": "add_k_proj",
+            "v_img": "add_v_proj",
+            "norm_k_img": "norm_added_k",
+        }.items()
+    },
+    "blocks.{}.ffn.0": "blocks.{}.ffn.net.0.proj",
+    "blocks.{}.ffn.2": "blocks.{}.ffn.net.2",
+    "blocks.{}.norm3": "blocks.{}.norm2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "head.head": "proj_out",
+}
+_JOINT = "joint_transformer_blocks"
+_FEED = {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"}
+AURAFLOW = {
+    **{f"double_layers.{{}}.mlpX.{name}": f"{_JOINT}.{{}}.ff.{layer}" for name, layer in _FEED.items()},
+    **{f"double_layers.{{}}.mlpC.{name}": f"{_JOINT}.{{}}.ff_context.{layer}" for name, layer in _FEED.items()},
+    **{f"single_layers.{{}}.mlp.{name}": f"{_SINGLE}.{{}}.ff.{layer}" for name, layer in _FEED.items()},
+    **{f"double_layers.{{}}.attn.w2{part}": f"{_JOINT}.{{}}.attn.to_{part}" for part in "qkv"},
+    **{f"double_layers.{{}}.attn.w1{part}": f"{_JOINT}.{{}}.attn.add_{part}_proj" for part in "qkv"},
+    **{f"single_layers.{{}}.attn.w1{part}": f"{_SINGLE}.{{}}.attn.to_{part}" for part in "qkv"},
+    "double_layers.{}.attn.w2o": f"{_JOINT}.{{}}.attn.to_out.0",
+    "double_layers.{}.attn.w1o": f"{_JOINT}.{{}}.attn.to_add_out",
+    "single_layers.{}.attn.w1o": f"{_SINGLE}.{{}}.attn.to_out.0",
+    "double_layers.{}.modX.1": f"{_JOINT}.{{}}.norm1.linear",
+    "double_layers.{}.modC.1": f"{_JOINT}.{{}}.norm1_context.linear",
+    "single_layers.{}.modCX.1": f"{_SINGLE}.{{}}.norm1.linear",
+    "t_embedder.mlp.0": "time_step_proj.linear_1",
+    "t_embedder.mlp.2": "time_step_proj.linear_2",
+    "cond_seq_linear": "context_embedder",
+    "init_x_linear": "pos_embed.proj",
+    "final_linear": "proj_out",
+    "modF.1": "norm_out.linear",
+}
+LTX = {"patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear"}
+
+TABLES = {
+    "FluxTransformer2DModel": (FLUX,),
+    "ChromaTransformer2DModel": (FLUX,),
+    "Flux2Transformer2DModel": (FLUX2,),
+    "SD3Transformer2DModel": (SD3,),
+    "HunyuanVideoTransformer3DModel": (HUNYUAN_VIDEO,),
+    "Lumina2Transformer2DModel": (LUMINA2,),
+    "ZImageTransformer2DModel": (Z_IMAGE,),
+    "WanTransformer3DModel": (WAN,),
+    "WanVACETransformer3DModel": (WAN,),
+    "AuraFlowTransformer2DModel": (AURAFLOW,),
+    "LTXVideoTransformer3DModel": (LTX,),
+}

@@ -1,0 +1,67 @@
+"""The ComfyUI spelling: `diffusion_model.` before the checkpoint's own layer names, alpha tensors beside the pairs.
+
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight    (rank, in)      = down
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight    (out, rank)     = up
+    diffusion_model.double_blocks.0.img_attn.qkv.alpha            ()
+    text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight
+
+Written as ai-toolkit and OneTrainer write it for FLUX and later families. Layer names are kept: give an adapter
+the checkpoint's own names first where ComfyUI knows only those (`families.original`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from lora_diffusion.adapter import Adapter, same_layer
+from lora_diffusion.errors import AdapterFileError, some
+from lora_diffusion.formats import Parsed
+from lora_diffusion.formats.assemble import assemble
+from lora_diffusion.formats.embeddings import bundled
+from lora_diffusion.formats.kohya import layer_tensors
+
+_STARTS = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
+_PREFIXES = {
+    "unet": "diffusion_model.",
+    "transformer": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
+}
+_AS_PEFT = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+
+
+class Comfy:
+    """Reads and writes ComfyUI's generic adapter files."""
+
+    name = "comfy"
+    writes = True
+
+    def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Whether any tensor has one of its prefixes."""
+        return any(key.startswith(_STARTS) for key in keys)
+
+    def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
+        """The neutral form, under the checkpoint's layer names that the live model resolves."""
+        return assemble(tensors)
+
+    def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata. AdapterFileError for components or methods without a name here."""
+        who = f"adapter {adapter.name!r}"
+        homeless = sorted(adapter.layers.keys() - _PREFIXES.keys())
+        if homeless:
+            raise AdapterFileError(f"{who}: the ComfyUI spelling has no name for {some(homeless)}")
+        tensors = bundled(adapter.embeddings, who)
+        for component, name, layer in adapter:
+            clip = component in ("text_encoder", "text_encoder_2") and same_layer(name).startswith("encoder_layers_")
+            level = "text_model." if clip and not name.startswith("text_model") else ""
+            path = f"{_PREFIXES[component]}{level}{name}"
+            for key, tensor in layer_tensors(path, layer, who).items():
+                stem, _, suffix = key.removeprefix(path).partition(".")
+                tensors[f"{path}{stem}.{_AS_PEFT.get(suffix, suffix)}"] = tensor
+        return tensors, dict(adapter.metadata)
+
+
+COMFY = Comfy()

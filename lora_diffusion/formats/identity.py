@@ -1,0 +1,187 @@
+"""What a file is by its names, shapes and metadata: model family, and the tool that wrote it.
+
+Widths decide before names, and names before what the metadata claims: real files call FLUX "sd_1.5".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+#: component, layer name as the file has it, width of the layer's input (0 where the method does not show it)
+Named = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: `name` for people, `architecture` for `modelspec.architecture`, `why` we think so."""
+
+    name: str
+    architecture: str = ""
+    why: str = ""
+
+
+UNKNOWN = Family("unknown")
+
+_ARCHITECTURES = {
+    "Stable Diffusion 1.x": "stable-diffusion-v1",
+    "Stable Diffusion 2.x": "stable-diffusion-v2",
+    "Stable Diffusion XL": "stable-diffusion-xl-v1-base",
+    "Stable Diffusion 3": "stable-diffusion-3-medium",
+    "FLUX.1": "flux-1-dev",
+    "FLUX.2": "flux-2-dev",
+    "HunyuanVideo": "hunyuan-video",
+    "Qwen-Image": "qwen-image",
+    "Wan": "wan2.1",
+    "Lumina 2": "lumina-2",
+    "Z-Image": "z-image",
+}
+_CONTEXT = {
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    1280: "Stable Diffusion XL refiner",
+    2048: "Stable Diffusion XL",
+}
+_TEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+
+#: names (flattened) that only one family has -> its name; tried in this order
+_NAMES: tuple[tuple[str, str], ...] = (
+    (r"(img|txt)_attn_qkv$.*", "FLUX.1"),
+    (r"joint_blocks_\d+_", "Stable Diffusion 3"),
+    (r"single_transformer_blocks_\d+_attn_to_qkv_mlp_proj|double_stream_modulation", "FLUX.2"),
+    (r"single_transformer_blocks_\d+_|single_blocks_\d+_|double_blocks_\d+_", "FLUX.1"),
+    (r"(double|single)_layers_\d+_|joint_transformer_blocks_", "AuraFlow"),
+    (r"transformer_blocks_\d+_(img|txt)_(mlp|mod)", "Qwen-Image"),
+    (r"blocks_\d+_(self|cross)_attn_[qkvo]$|condition_embedder_", "Wan"),
+    (r"blocks_\d+_(self|cross)_attn_\w+_proj|llm_adapter", "Anima"),
+    (r"transformer_blocks_\d+_(norm1_context|ff_context|attn_add_)", "Stable Diffusion 3"),
+    (r"(layers|noise_refiner)_\d+_(attention|attn|feed_forward)", "Lumina 2 or Z-Image"),
+)
+
+
+def family_of(layers: Iterable[Named]) -> Family:
+    """The model family that these layers belong to; `UNKNOWN` where nothing tells."""
+    flat = [(component, name.replace(".", "_"), width) for component, name, width in layers]
+    components = {component for component, *_ in flat}
+    if "unet" in components:
+        return _unet([layer for layer in flat if layer[0] == "unet"], components)
+    if "transformer" in components:
+        return _transformer([(name, width) for component, name, width in flat if component == "transformer"])
+    widths = {width for component, _, width in flat if component == "text_encoder"}
+    if "text_encoder_2" in components:
+        return _family("Stable Diffusion XL", "it has a second text encoder")
+    return next((_family(_TEXT[w], f"its text encoder is {w} wide") for w in sorted(widths & _TEXT.keys())), UNKNOWN)
+
+
+def _family(name: str, why: str) -> Family:
+    return Family(name, _ARCHITECTURES.get(name, ""), why)
+
+
+def _unet(layers: list[Named], components: set[str]) -> Family:
+    contexts = {width for _, name, width in layers if re.search(r"attn2_to_[kv]$", name)} & _CONTEXT.keys()
+    if len(contexts) == 1:
+        width = contexts.pop()
+        return _family(_CONTEXT[width], f"its cross-attention reads {width} features")
+    if "text_encoder_2" in components or any(re.search(r"transformer_blocks_[1-9]_", name) for _, name, _ in layers):
+        return _family("Stable Diffusion XL", "of its depth and text encoders")
+    if any(name.startswith("#") for _, name, _ in layers):
+        return _family("Stable Diffusion 1.x", "layers are numbered, as cloneofsimo/lora did then")
+    return Family("Stable Diffusion 1.x or 2.x", why="it is a U-Net without cross-attention in the file")
+
+
+def _transformer(layers: list[tuple[str, int]]) -> Family:
+    names = [name for name, _ in layers]
+    widths = {width for _, width in layers}
+    name = next((family for pattern, family in _NAMES if any(re.search(pattern, name) for name in names)), None)
+    if name is None:
+        return UNKNOWN
+    if name == "FLUX.1":
+        return _flux_like(names, widths)
+    if name == "Lumina 2 or Z-Image":
+        name = "Z-Image" if 3840 in widths else "Lumina 2" if 2304 in widths else name
+    return _family(name, "its layers are named like that")
+
+
+def _flux_like(names: list[str], widths: set[int]) -> Family:
+    """HunyuanVideo has FLUX's names and widths, and another number of blocks; FLUX.2 is wider."""
+    numbers = [int(found[1]) for name in names if (found := re.match(r"(?:double|transformer)_blocks_(\d+)_", name))]
+    if (
+        any(re.search(r"(img|txt)_mlp_fc\d|individual_token_refiner", name) for name in names)
+        or max(numbers, default=0) == 19
+    ):
+        return _family("HunyuanVideo", "its double blocks are named or numbered like that")
+    if 6144 in widths and 3072 not in widths:
+        return _family("FLUX.2", "its layers are 6,144 wide")
+    return _family("FLUX.1", "its blocks are named like that")
+
+
+_TOOLS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
+    ("lora_diffusion", bool, "lora_diffusion"),
+    ("ss_network_module", lambda module: module.startswith("lycoris"), "LyCORIS in sd-scripts"),
+    ("ss_network_module", lambda module: "wan" in module or "hunyuan" in module or "qwen" in module, "musubi-tuner"),
+    ("ss_network_module", bool, "sd-scripts"),
+    ("software", lambda text: "ai-toolkit" in text, "ai-toolkit"),
+    ("ot_branch", bool, "OneTrainer"),
+    ("ot_config", bool, "OneTrainer"),
+    ("lora_adapter_metadata", bool, "Diffusers"),
+)
+
+
+def tool_of(metadata: Mapping[str, str], spelling: str = "") -> str:
+    """The tool that wrote the file, as far as metadata and spelling say."""
+    for key, test, tool in _TOOLS:
+        if key in metadata and test(metadata[key]):
+            return tool
+    fixed = {"cloneofsimo": "cloneofsimo/lora", "xlabs": "XLabs", "peft": "PEFT", "lycoris": "LyCORIS"}
+    return fixed.get(spelling, "unknown")
+
+
+def trigger_words(metadata: Mapping[str, str], limit: int = 8) -> list[str]:
+    """Words that call the adapter up: what the file declares, else the commonest tags it was trained on."""
+    said = metadata.get("modelspec.trigger_phrase", "")
+    if said:
+        return [word.strip() for word in said.split(",") if word.strip()][:limit]
+    counts: dict[str, int] = {}
+    try:
+        table: Any = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        for tags in table.values():
+            for tag, count in cast("dict[str, int]", tags).items():
+                counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return []
+    return sorted(counts, key=lambda tag: -counts[tag])[:limit]
+
+
+#: training settings worth showing, by the key under which sd-scripts keeps them
+SETTINGS = {
+    "ss_sd_model_name": "base model",
+    "ss_base_model_version": "base, as the tool calls it",
+    "ss_network_module": "network",
+    "ss_network_dim": "rank",
+    "ss_network_alpha": "alpha",
+    "ss_learning_rate": "learning rate",
+    "ss_unet_lr": "learning rate of the denoiser",
+    "ss_text_encoder_lr": "learning rate of the text encoder",
+    "ss_optimizer": "optimiser",
+    "ss_lr_scheduler": "schedule",
+    "ss_steps": "steps",
+    "ss_max_train_steps": "steps at most",
+    "ss_num_train_images": "pictures",
+    "ss_num_epochs": "epochs",
+    "ss_resolution": "resolution",
+    "ss_seed": "seed",
+}
+
+
+def settings_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Training settings found in the metadata, each at most 200 characters."""
+    found = {label: metadata[key][:200] for key, label in SETTINGS.items() if metadata.get(key)}
+    try:
+        ours: Any = json.loads(metadata.get("lora_diffusion", "{}"))
+        found |= {key.replace("_", " "): str(value)[:200] for key, value in ours.items() if not isinstance(value, dict)}
+    except (ValueError, AttributeError, RecursionError):
+        pass  # shown by others as it is; nothing depends on it
+    return found

@@ -1,0 +1,115 @@
+"""Open a Diffusers pipeline: from a folder or the hub's cache, on a device, over a 4-bit or plain backbone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_diffusion.adapter import DENOISERS
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.quantize import Precision, QuantizationReport, quantize
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pipeline and what was done to its denoiser."""
+
+    pipe: Any
+    device: torch.device
+    dtype: torch.dtype  # what it computes in
+    report: QuantizationReport | None  # None when the backbone was left in `dtype`
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto": a GPU where there is one. ConfigError for a GPU that is not there."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+    if not has[name.split(":")[0]]:
+        raise ConfigError(f"device {name!r} was asked for, but torch {torch.__version__} finds none; use device='cpu'")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto": bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[name]
+
+
+def load_pipeline(
+    base: str | Path, *, precision: Precision = "nf4", compute: str = "auto", device: str = "auto"
+) -> Opened:
+    """Open `base` (Diffusers folder or hub id) frozen, its denoiser in `precision`, everything else in `compute`.
+
+    Precision is "fp32", "bf16", "fp16", "int8" or "nf4". ConfigError where the base cannot be opened, the device
+    is absent or bitsandbytes is missing.
+    """
+    place = pick_device(device)
+    dtype = DTYPES[precision] if precision in DTYPES and compute == "auto" else pick_dtype(compute, place)
+    pipe = _open(base, dtype)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    denoiser = denoiser_of(pipe)
+    report = None if precision in DTYPES else quantize(denoiser, precision, compute_dtype=dtype, device=place)
+    pipe.to(place)
+    pipe.set_progress_bar_config(disable=True)
+    return Opened(pipe, place, dtype, report)
+
+
+def load_for_drawing(base: str | Path, precision: Precision | None, device: str) -> Opened:
+    """`load_pipeline` with the precision that suits the device when None: bf16 on a GPU, fp32 on a CPU."""
+    if precision is None:
+        precision = "fp32" if pick_device(device).type == "cpu" else "bf16"
+    return load_pipeline(base, precision=precision, device=device)
+
+
+def denoiser_of(pipe: Any) -> torch.nn.Module:
+    """The U-Net or transformer of a pipeline. ConfigError where there is none."""
+    for name in DENOISERS:
+        if isinstance(model := getattr(pipe, name, None), torch.nn.Module):
+            return model
+    raise ConfigError(f"{type(pipe).__name__} has no denoiser; expected a component {' or '.join(DENOISERS)}")
+
+
+def _open(base: str | Path, dtype: torch.dtype) -> Any:
+    looks_local = Path(base).exists() or str(base).startswith((".", "/", "~")) or str(base).count("/") != 1
+    if looks_local and not (Path(base).expanduser() / "model_index.json").is_file():
+        raise ConfigError(f"base {str(base)!r} is no Diffusers folder: there is no model_index.json in it")
+    with quiet():
+        from diffusers import DiffusionPipeline
+
+        try:
+            return DiffusionPipeline.from_pretrained(str(Path(base).expanduser()) if looks_local else base, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"base {str(base)!r} cannot be opened: {reason}") from None
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Hold back the progress bars and notices of diffusers and transformers that no user can act on."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    before = [(library, library.get_verbosity()) for library in (of_diffusers, of_transformers)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for library, _ in before:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, level in before:
+                library.set_verbosity(level)
+                library.enable_progress_bar()

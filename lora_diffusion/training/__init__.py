@@ -1,0 +1,1 @@
+"""Training: configuration, objective, batches, loop, checkpoints."""

@@ -1,0 +1,147 @@
+"""Checkpoints: everything a run needs to go on, whole or not at all.
+
+    OUTPUT/checkpoints/step-000200/state.safetensors    adapter tensors and optimiser state
+    OUTPUT/checkpoints/step-000200/run.json             step, settings, optimiser numbers, losses
+
+A checkpoint is written to a temporary folder, synced and renamed; older ones go only after that. Batches,
+noise and dropout are functions of seed and step, so there is no random state to keep. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_diffusion.errors import ConfigError, LoraDiffusionError
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(LoraDiffusionError, OSError):
+    """A checkpoint could not be written or read; complete ones stay as they are."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete state after `step` optimiser steps."""
+
+    step: int
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    settings: dict[str, Any]
+    losses: list[float]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write below `folder`, then remove older checkpoints. CheckpointError where the disk will not take it."""
+    final = folder / f"step-{checkpoint.step:06d}"
+    draft = folder / f".{final.name}.part"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        _write(draft, checkpoint)
+        if final.exists():
+            shutil.rmtree(final)
+        draft.replace(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        kept = find_checkpoints(folder)
+        last = f"; {kept[-1].name} is complete and stays" if kept else ""
+        raise CheckpointError(f"checkpoint {final} cannot be written: {_reason(error)}{last}") from None
+    for old in find_checkpoints(folder)[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one back. CheckpointError for one that is damaged."""
+    try:
+        run = json.loads((path / "run.json").read_text("utf-8"))
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_reason(error)}; remove it to start again") from None
+    parameters = {k.removeprefix("adapter/"): t for k, t in tensors.items() if k.startswith("adapter/")}
+    return Checkpoint(run["step"], parameters, _optimizer_from(run, tensors), run["settings"], run["losses"])
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def check_settings(then: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str], where: Path) -> None:
+    """ConfigError where a setting that shapes the result differs from the checkpoint's."""
+    before, after = _flatten(then), _flatten(now)
+    changed = [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in free and before.get(key) != after.get(key)
+    ]
+    if changed:
+        listed = "; ".join(changed[:3])
+        raise ConfigError(
+            f"{where} was made with other settings ({listed}); restore them or choose another output folder"
+        )
+
+
+def _write(draft: Path, checkpoint: Checkpoint) -> None:
+    tensors = {f"adapter/{name}": t.detach().cpu().contiguous() for name, t in checkpoint.parameters.items()}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, state in checkpoint.optimizer["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value.detach().cpu().clone()
+            else:
+                numbers.setdefault(str(index), {})[key] = value
+    run = {
+        "step": checkpoint.step,
+        "settings": checkpoint.settings,
+        "losses": checkpoint.losses,
+        "optimizer": {"groups": checkpoint.optimizer["param_groups"], "numbers": numbers},
+    }
+    save_file(tensors, draft / "state.safetensors")
+    (draft / "run.json").write_text(json.dumps(run), "utf-8")
+    for file in draft.iterdir():
+        _sync(file)
+    _sync(draft)
+
+
+def _optimizer_from(run: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in run["optimizer"]["numbers"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    return {"state": state, "param_groups": run["optimizer"]["groups"]}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

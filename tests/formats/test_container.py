@@ -1,0 +1,166 @@
+"""The safetensors container: what safetensors itself writes, and what nobody should."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_diffusion import AdapterFileError
+from lora_diffusion.formats import container
+
+SAMPLE = {
+    "b": torch.arange(6, dtype=torch.float16).view(2, 3),
+    "a": torch.tensor(2.5),
+    "scalar": torch.tensor(1, dtype=torch.uint8),
+    "c": torch.randn(3, 2, 1, 1).bfloat16(),
+    "d": torch.tensor([True, False]),
+}
+
+
+def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def f32(begin: int, end: int, shape: list[Any] | None = None) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+def test_what_safetensors_writes_is_read_to_the_bit(tmp_path: Path):
+    save_file(SAMPLE, tmp_path / "a", metadata={"x": "y"})
+    tensors, metadata = container.read(tmp_path / "a")
+    assert metadata == {"x": "y"}
+    assert tensors.keys() == SAMPLE.keys()
+    for name, tensor in SAMPLE.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+
+
+def test_what_is_written_is_read_by_safetensors(tmp_path: Path):
+    container.write(tmp_path / "a", SAMPLE, {"é": "ü"})
+    theirs = load_file(tmp_path / "a")
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in SAMPLE.items())
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == {"é": "ü"}
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path):
+    container.write(tmp_path / "a", SAMPLE, {"x": "1", "y": "2"})
+    container.write(tmp_path / "b", dict(reversed(SAMPLE.items())), {"y": "2", "x": "1"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_tensors_share_one_buffer(tmp_path: Path):
+    save_file(SAMPLE, tmp_path / "a")
+    tensors, _ = container.read(tmp_path / "a")
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 1
+
+
+def test_unaligned_tensors_are_read(tmp_path: Path):
+    header = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "b": f32(1, 5)}
+    (tmp_path / "a").write_bytes(raw(header, b"\x07" + struct.pack("<f", 1.5)))
+    tensors, _ = container.read(tmp_path / "a")
+    assert (tensors["a"].item(), tensors["b"].item()) == (7, 1.5)
+
+
+def test_an_existing_file_is_kept_unless_asked(tmp_path: Path):
+    container.write(tmp_path / "a", SAMPLE, {})
+    with pytest.raises(AdapterFileError, match="exists already"):
+        container.write(tmp_path / "a", {"a": torch.ones(1)}, {})
+    assert container.read_header(tmp_path / "a").entries.keys() == SAMPLE.keys()
+    container.write(tmp_path / "a", {"z": torch.ones(1)}, {}, overwrite=True)
+    assert container.read_header(tmp_path / "a").entries.keys() == {"z"}
+
+
+def test_a_failed_write_leaves_what_was_there_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    container.write(tmp_path / "a", SAMPLE, {})
+    before = (tmp_path / "a").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(AdapterFileError, match="No space left"):
+        container.write(tmp_path / "a", {"z": torch.ones(1)}, {}, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_nothing_to_write_is_refused(tmp_path: Path):
+    with pytest.raises(AdapterFileError, match="nothing to write"):
+        container.write(tmp_path / "a", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"short", "cut short"),
+        (b"<!DOCTYPE html><html>404", "web page"),
+        (b"\n<html><body>log in</body></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS"),
+        (b"PK\x03\x04" + b"\0" * 100, "zip archive"),
+        (b"\x80\x02}q\x00." + b"\0" * 100, "pickle"),
+        (b'{"error": "not found"}', "JSON"),
+        (b"GGUF" + b"\0" * 100, "GGUF"),
+        (raw({}, length=1 << 40), "cut short"),
+        (raw(b"{" + b"[" * 100_000), "damaged"),
+        (raw(b'{"a": 1, "a": 2}'), "twice"),
+        (raw({"a": f32(0, 4), "__metadata__": {"x": 1}}, b"\0" * 4), "table of strings"),
+        (raw([]), "JSON object"),
+        (raw({"a": f32(0, 4)}, b"\0" * 3), "cut short"),
+        (raw({"a": f32(0, 4)}, b"\0" * 5), "no tensor"),
+        (raw({"a": f32(0, 4), "b": f32(0, 4)}, b"\0" * 4), "overlaps"),
+        (raw({"a": f32(0, 4), "b": f32(8, 12)}, b"\0" * 12), "gap"),
+        (raw({"a": f32(0, 4, [2])}, b"\0" * 4), "needs 8 bytes"),
+        (raw({"a": f32(0, 4, [1 << 60])}, b"\0" * 4), "wrong kind"),
+        (raw({"a": f32(0, 4, [1 << 40, 1 << 40])}, b"\0" * 4), "bytes"),
+        (raw({"a": f32(0, 4, [-1])}, b"\0" * 4), "wrong kind"),
+        (raw({"a": f32(0, 4, [True])}, b"\0" * 4), "wrong kind"),
+        (raw({"a": f32(0, 4, [1] * 40)}, b"\0" * 4), "dimensions"),
+        (raw({"a": {"dtype": "C64", "shape": [], "data_offsets": [0, 8]}}, b"\0" * 8), "dtype 'C64'"),
+        (raw({"a": 3}), "wrong kind"),
+        (raw({"x" * 2000: f32(0, 4)}, b"\0" * 4), "2,000 characters"),
+        (raw(b'{"a": ' + b"9" * 5000 + b"}"), "damaged"),
+        (raw(b'{"a": NaN}'), "damaged"),
+        (raw(b'{"\xff": 1}'), "damaged"),
+    ],
+)
+def test_broken_and_foreign_files_are_named_for_what_they_are(content: bytes, said: str, tmp_path: Path):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(AdapterFileError, match=said) as caught:
+        container.read(tmp_path / "a.safetensors")
+    assert "a.safetensors" in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(AdapterFileError):
+            container.read(path)
+
+
+def test_a_file_cut_anywhere_is_an_error(tmp_path: Path):
+    container.write(tmp_path / "whole", SAMPLE, {"x": "y"})
+    content = (tmp_path / "whole").read_bytes()
+    for length in range(len(content)):
+        (tmp_path / "cut").write_bytes(content[:length])
+        with pytest.raises(AdapterFileError):
+            container.read(tmp_path / "cut")
+
+
+def test_zero_size_tensors_by_the_hundred_thousand_are_refused_at_once(tmp_path: Path):
+    header = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)}
+    (tmp_path / "a").write_bytes(raw(header))
+    started = time.process_time()
+    with pytest.raises(AdapterFileError, match="200,000 tensors"):
+        container.read(tmp_path / "a")
+    assert time.process_time() - started < 0.5

@@ -1,0 +1,116 @@
+"""The tensors of every method that LyCORIS writes: read whole, written again to the bit, halves reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_diffusion import Adapter
+from lora_diffusion.formats.comfy import COMFY
+from lora_diffusion.formats.diffusers import DIFFUSERS
+from lora_diffusion.formats.kohya import KOHYA
+
+PATH = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+def filled(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name.replace("__", "."): torch.randn(shape) for name, shape in shapes.items()}
+
+
+PLAIN = filled(lora_down__weight=(2, 8), lora_up__weight=(6, 2))
+CONV = filled(lora_down__weight=(2, 8, 3, 3), lora_up__weight=(6, 2, 1, 1))
+LOHA = filled(hada_w1_a=(6, 2), hada_w1_b=(2, 8), hada_w2_a=(6, 2), hada_w2_b=(2, 8))
+ALPHA = {"alpha": torch.tensor(3.0)}
+FILES: dict[str, tuple[str, dict[str, Tensor], float | None]] = {
+    "lora": ("lora", PLAIN | ALPHA, 3),
+    "lora with a bias": ("lora", PLAIN | filled(diff_b=(6,)), 2),
+    "locon": (
+        "locon",
+        filled(lora_down__weight=(2, 8, 1, 1), lora_mid__weight=(2, 2, 3, 3), lora_up__weight=(6, 2)),
+        2,
+    ),
+    "dora by output": ("dora", PLAIN | filled(dora_scale=(6, 1)), 2),
+    "dora by input": ("dora", PLAIN | filled(dora_scale=(1, 8)), 2),
+    "dora on a convolution": ("dora", CONV | filled(dora_scale=(6, 1, 1, 1)), 2),
+    "loha": ("loha", LOHA | ALPHA, 3),
+    "loha with tucker": ("loha", LOHA | filled(hada_t1=(2, 2, 3, 3), hada_t2=(2, 2, 3, 3)), 2),
+    "loha with dora": ("loha", LOHA | filled(dora_scale=(6, 1)), 2),
+    "lokr whole": ("lokr", filled(lokr_w1=(2, 2), lokr_w2=(3, 4)) | {"alpha": torch.tensor(1e9)}, 1e9),
+    "lokr half": ("lokr", filled(lokr_w1=(2, 2), lokr_w2_a=(3, 5), lokr_w2_b=(5, 4)), 5),
+    "lokr factored": ("lokr", filled(lokr_w1_a=(2, 3), lokr_w1_b=(3, 2), lokr_w2_a=(3, 3), lokr_w2_b=(3, 4)), 3),
+    "lokr with tucker": ("lokr", filled(lokr_w1=(2, 2), lokr_w2_a=(3, 3), lokr_w2_b=(3, 4), lokr_t2=(3, 3, 3, 3)), 3),
+    "ia3": ("ia3", filled(weight=(6,)) | {"on_input": torch.tensor(0)}, None),
+    "oft": ("oft", filled(oft_blocks=(2, 3, 3), rescale=(6, 1)) | ALPHA, 3),
+    "boft": ("oft", filled(oft_blocks=(2, 2, 3, 3)), None),
+    "glora": ("glora", filled(a1__weight=(8, 2), a2__weight=(2, 8), b1__weight=(6, 2), b2__weight=(2, 8)), 2),
+    "full": ("full", filled(diff=(6, 8), diff_b=(6,)), None),
+    "bias alone": ("full", filled(diff_b=(6,)), None),
+    "norm": ("norm", filled(w_norm=(6,), b_norm=(6,)), None),
+    "norm without bias": ("norm", filled(w_norm=(6,)), None),
+    "set": ("set", filled(set_weight=(6, 8)), None),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_is_read_whole_and_written_again_to_the_bit(name: str):
+    method, parts, alpha = FILES[name]
+    tensors = {f"{PATH}.{suffix}": tensor for suffix, tensor in parts.items()}
+    parsed = KOHYA.load(tensors, {})
+    assert not parsed.unused
+    layer = parsed.layers["unet"]["mid_block_attentions_0_proj_in"]
+    assert (layer.method, layer.alpha) == (method, alpha)
+    adapter = Adapter("x", parsed.layers)
+    written, metadata = KOHYA.dump(adapter)
+    assert {key: tensor.shape for key, tensor in written.items() if key in tensors} == {
+        key: tensor.shape for key, tensor in tensors.items()
+    }
+    for spelling in (KOHYA, COMFY):
+        again = spelling.load(*spelling.dump(adapter))
+        assert not again.unused
+        assert Adapter("y", again.layers) == adapter
+    assert metadata == {}
+
+
+@pytest.mark.parametrize("name", ["lora", "dora by output", "dora on a convolution"])
+def test_what_peft_knows_is_written_for_it(name: str):
+    tensors = {f"{PATH}.{suffix}": tensor for suffix, tensor in FILES[name][1].items()}
+    layer = KOHYA.load(tensors, {}).layers["unet"]["mid_block_attentions_0_proj_in"]
+    adapter = Adapter("x", {"unet": {"mid_block.attentions.0.proj_in": layer}})
+    again = DIFFUSERS.load(*DIFFUSERS.dump(adapter))
+    assert Adapter("y", again.layers) == adapter
+
+
+@pytest.mark.parametrize("name", ["lora", "locon", "loha", "lokr factored", "glora", "ia3", "dora by output"])
+def test_any_required_tensor_that_is_missing_is_reported(name: str):
+    _, parts, _ = FILES[name]
+    for gone in parts.keys() - {"alpha", "dora_scale", "lora_mid.weight"}:
+        tensors = {f"{PATH}.{suffix}": tensor for suffix, tensor in parts.items() if suffix != gone}
+        parsed = KOHYA.load(tensors, {})
+        assert set(parsed.unused) == set(tensors), gone
+        assert not parsed.layers
+
+
+def test_a_whole_number_tensor_and_unlike_ranks_are_reported():
+    whole = {f"{PATH}.lora_down.weight": torch.ones(2, 8, dtype=torch.int8), f"{PATH}.lora_up.weight": torch.ones(6, 2)}
+    assert "int8" in next(iter(KOHYA.load(whole, {}).unused.values()))
+    unlike = {f"{PATH}.lora_down.weight": torch.ones(3, 8), f"{PATH}.lora_up.weight": torch.ones(6, 2)}
+    assert "no pair" in next(iter(KOHYA.load(unlike, {}).unused.values()))
+
+
+def test_tensors_of_two_methods_on_one_layer_are_reported():
+    tensors = {f"{PATH}.{suffix}": tensor for suffix, tensor in (PLAIN | LOHA).items()}
+    assert set(KOHYA.load(tensors, {}).unused.values()) == {"tensors of loha and lora on one layer"}
+
+
+def test_a_magnitude_beside_a_peft_pair_of_any_spelling_is_one_vector():
+    path = "unet.mid_block.attentions.0.proj_in"
+    pair = {f"{path}.lora_A.weight": torch.ones(2, 8, 1, 1), f"{path}.lora_B.weight": torch.ones(6, 2, 1, 1)}
+    for suffix, shape in (
+        ("lora_magnitude_vector", (6,)),
+        ("lora_magnitude_vector.weight", (1, 6, 1, 1)),
+        ("lora_magnitude_vector.default.weight", (6,)),
+        ("magnitude", (6,)),
+    ):
+        layer = DIFFUSERS.load({**pair, f"{path}.{suffix}": torch.ones(shape)}, {}).layers["unet"]
+        assert layer["mid_block.attentions.0.proj_in"].tensors["magnitude"].shape == (6,)

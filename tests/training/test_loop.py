@@ -1,0 +1,163 @@
+"""The whole road on tiny pipelines: learn, save, go on, say what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, load_adapter, train
+from lora_diffusion.errors import ConfigError, DataError
+from lora_diffusion.training.checkpoints import CheckpointError, find_checkpoints
+from lora_diffusion.training.loop import DivergedError, Progress
+from tests import tiny
+from tests.training.pictures import config, settings
+
+
+def test_nf4_training_lowers_the_loss_and_no_backbone_byte_changes(tmp_path: Path) -> None:
+    result = train(config(tmp_path, steps=30, batch=4, lr=1e-2))
+    assert result.backbone_unchanged
+    assert result.report is not None
+    assert any(layer.stored == "nf4" for layer in result.report.layers)
+    assert np.mean(result.losses[-8:]) < np.mean(result.losses[:8])
+    assert result.adapter is not None
+    assert load_adapter(result.adapter).metadata["modelspec.title"] == "blocks"
+
+
+@pytest.mark.parametrize("base", ["sd", "flux"])
+def test_what_it_writes_draws_the_same_in_diffusers(tmp_path: Path, base: str) -> None:
+    given = settings(tmp_path, base, lr=3e-2)
+    given["adapter"] |= {"rank": 4, "alpha": 7.0}
+
+    result = train(TrainConfig.parse(given))
+    assert result.adapter is not None
+    pipe, peer = (DiffusionPipeline.from_pretrained(tmp_path / "base") for _ in range(2))
+    plain = tiny.picture(pipe)
+    with AdapterStack(pipe) as stack:
+        stack.add(result.adapter)
+        ours = tiny.picture(pipe)
+    peer.load_lora_weights(result.adapter)
+    np.testing.assert_allclose(ours, tiny.picture(peer), atol=1e-5)
+    assert np.abs(ours - plain).max() > 1e-3
+
+
+def test_same_seed_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    first = train(config(tmp_path)).adapter
+    assert first is not None
+    content = first.read_bytes()
+    again = settings(tmp_path)
+    again["output"] = str(tmp_path / "again")
+    other = settings(tmp_path, seed=1)
+    other["output"] = str(tmp_path / "other")
+
+    made = [train(TrainConfig.parse(given)).adapter for given in (again, other)]
+    assert all(made)
+    assert made[0].read_bytes() == content  # type: ignore[union-attr]
+    assert made[1].read_bytes() != content  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 5])
+def test_interrupted_anywhere_it_ends_with_the_same_bytes(tmp_path: Path, stop_after: int) -> None:
+    whole = settings(tmp_path)
+    whole["output"] = str(tmp_path / "whole")
+    whole["adapter"]["dropout"] = 0.2
+
+    expected = train(TrainConfig.parse(whole)).adapter
+    broken = TrainConfig.parse(whole | {"output": str(tmp_path / "broken")})
+
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "train" and progress.done == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped = train(broken, interrupt)
+    assert stopped.interrupted
+    assert stopped.backbone_unchanged
+    assert stopped.steps in (stop_after, stop_after + 1)
+    finished = train(broken)
+    assert finished.adapter is not None
+    assert expected is not None
+    assert finished.adapter.read_bytes() == expected.read_bytes()
+
+
+def test_changed_settings_are_refused_on_resume(tmp_path: Path) -> None:
+    train(config(tmp_path))
+    with pytest.raises(ConfigError, match=r"train\.lr: 0\.005 -> 0\.1"):
+        train(config(tmp_path, lr=0.1))
+
+
+def test_old_checkpoints_go_after_new_ones_are_complete(tmp_path: Path) -> None:
+    train(config(tmp_path))
+    assert [path.name for path in find_checkpoints(tmp_path / "out" / "checkpoints")] == ["step-000006"]
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_diffusion.training import checkpoints
+
+    write, calls = checkpoints._write, []
+
+    def full(draft: Path, checkpoint: checkpoints.Checkpoint) -> None:
+        calls.append(draft)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(draft, checkpoint)
+
+    monkeypatch.setattr(checkpoints, "_write", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device; step-000002 is complete"):
+        train(config(tmp_path))
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_diverging_run_names_step_and_pictures(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"step \d+ \(pictures .*png"):
+        train(config(tmp_path, lr=1e30, steps=20))
+
+
+def test_accumulation_sums_the_same_gradient(tmp_path: Path) -> None:
+    result = train(config(tmp_path, accumulate=2, steps=3))
+    assert len(result.losses) == 3
+    assert all(torch.isfinite(torch.tensor(result.losses)))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (("data", "folder", "nowhere"), "nowhere"),
+        (("base", None, "nowhere/at/all"), "no Diffusers folder"),
+        (("adapter", "targets", "atention"), "did you mean 'attention'"),
+        (("adapter", "method", "lorra"), "did you mean 'lora'"),
+    ],
+)
+def test_bad_settings_are_one_clear_sentence(tmp_path: Path, change: tuple[str, str | None, str], match: str) -> None:
+
+    given = settings(tmp_path)
+    section, key, value = change
+    if key is None:
+        given[section] = value
+    else:
+        given[section][key] = value
+    with pytest.raises(LoraDiffusionError, match=match):
+        train(TrainConfig.parse(given))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_corrupt_picture_is_named_before_anything_starts(tmp_path: Path) -> None:
+    given = config(tmp_path)
+    (tmp_path / "pack" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    with pytest.raises(DataError, match=r"3\.png"):
+        train(given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_asking_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    given["backbone"]["device"] = "cuda"
+
+    with pytest.raises(ConfigError, match="cuda"):
+        train(TrainConfig.parse(given))
