@@ -39,9 +39,13 @@ class Choices:
 
 def parse_factors(text: str) -> list[Any]:
     """`0,0.5,1`, or with schedules among them `0;0.5;0@0,1@0.5` -> factors on weights. ConfigError otherwise."""
-    factors = [parse_weight(part.strip()) for part in text.split(";" if "@" in text else ",")]
+    try:
+        factors = [parse_weight(part.strip()) for part in text.split(";" if "@" in text else ",")]
+    except ConfigError:
+        factors = [{}]
     if any(isinstance(factor, dict) for factor in factors):
-        raise ConfigError(f"weights {text!r}: expected numbers or schedules, such as 0,0.5,1 or 0;0@0,1@0.5")
+        expected = "expected numbers with commas between them, such as 0,0.5,1, or with schedules 0;0.5;0@0,1@0.5"
+        raise ConfigError(f"--weights {text!r}: {expected}")
     return [int(factor) if isinstance(factor, float) and factor.is_integer() else factor for factor in factors]
 
 

@@ -79,7 +79,7 @@ class Dial:
         return any(is_live(self.entries[i].level) for i in self._by_layer[layer])
 
     def _share(self) -> None:
-        device = next((slot.down.device for slot in self.slots.values()), None)
+        device = next((slot.down.device for slot in self.slots.values() if not slot.down.is_meta), None)
         self._gains = torch.zeros(len(self._owner), device=device)
         start = 0
         for slot in self.slots.values():

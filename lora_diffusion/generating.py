@@ -102,15 +102,11 @@ def recipe(
 
     It holds the whole batch: the last bits of a picture can depend on what is drawn beside it.
     """
-    adapters = [
-        {
-            "name": name,
-            "file": str(stack[name].source or ""),
-            "sha256": stack[name].content_hash,
-            "weights": [spell_weight(one) for one in order.weights.get(name, [stack.weights[name]] * len(order.seeds))],
-        }
-        for name in stack
-    ]
+    adapters: list[dict[str, Any]] = []
+    for name in stack:
+        adapter, row = stack[name], order.weights.get(name, [stack.weights[name]] * len(order.seeds))
+        said: dict[str, Any] = {"name": name, "file": str(adapter.source or ""), "sha256": stack.content_hash(name)}
+        adapters.append({**said, "weight": spell_weight(row[index]), "weights": [spell_weight(one) for one in row]})
     drawing = {"steps": how.steps, "guidance": how.guidance, "size": how.size, "negative": how.negative}
     batch = {"index": index, "prompts": list(order.prompts), "seeds": list(order.seeds)}
     picture = {"prompt": order.prompts[index], "seed": order.seeds[index], "base": base, "precision": precision}

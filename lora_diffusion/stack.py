@@ -24,12 +24,12 @@ from lora_diffusion.clock import Clock
 from lora_diffusion.dial import Dial
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, did_you_mean, some
 from lora_diffusion.families.naming import resolve
-from lora_diffusion.formats.files import load_adapter
 from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.layers import is_convolution, is_linear
 from lora_diffusion.lora import Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS
+from lora_diffusion.resident import Residents
 from lora_diffusion.targets import Targets, find_targets
 from lora_diffusion.tokens import Vocabulary
 
@@ -59,6 +59,7 @@ class AdapterStack:
         self._stacked: dict[str, Stacked] = {}
         self._reserved: dict[Site, int] = {}
         self._vocabulary = Vocabulary(pipe)
+        self.residents: Residents[dict[Site, LayerAdapter]] = Residents(self._plan)
         self._fusion: Fusion | None = None
 
     def reserve(self, rank: int, targets: Targets = "all-linear", *, component: str = "denoiser") -> None:
@@ -88,14 +89,14 @@ class AdapterStack:
         Tokens that the adapter carries are added to tokenizers and text encoders until it goes.
         """
         self._refuse_if_fused()
-        adapter = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        adapter = self.residents.read(adapter)
         name = adapter.name if name is None else name
         if name in self._stacked:
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
         resolved = resolve_weight(weight, self._layers, name)
-        layers = self._plan(adapter)
+        key, layers = self.residents.plan(adapter)
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in self._stacked.values()), name)
-        self._stacked[name] = Stacked(name, adapter, weight, resolved, layers, adapter.content_hash)
+        self._stacked[name] = Stacked(name, adapter, weight, resolved, layers, key)
         self._repack(layers)
         self._retoken(adapter)
         return name
@@ -161,6 +162,10 @@ class AdapterStack:
     def slots(self) -> dict[str, dict[str, Slot]]:
         """component -> layer name -> what sits there."""
         return {component: dict(dial.slots) for component, dial in self._dials.items()}
+
+    def content_hash(self, name: str) -> str:
+        """The content hash of an adapter on the stack, as it was when it came."""
+        return self._stacked[self._known(name)].key
 
     @property
     def weights(self) -> dict[str, Weight]:
@@ -228,7 +233,10 @@ class AdapterStack:
             layer = self.components[component].get_submodule(layer_name)
             pairs = [METHODS[s.method].pair(name, s) for name, s in self._on((component, layer_name))]
             slot, reserve = slot_of(layer), self._reserved.get((component, layer_name), 0)
-            if slot is not None:
+            if slot is not None and hasattr(slot, "_hf_hook"):  # accelerate would bring the rows it knows back
+                take_off(layer)
+                slot = None
+            elif slot is not None:
                 slot.reserve = reserve
             if not pairs and not reserve:
                 if slot is not None:

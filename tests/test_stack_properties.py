@@ -1,76 +1,20 @@
-"""The stack under random use, compiled, offloaded, fused, and with learned tokens: always reversible to the bit."""
+"""The stack under random use, compiled, and with adapters it has met: always reversible to the bit."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
-from lora_diffusion import Adapter, AdapterStack, LayerAdapter, LoRA
-from lora_diffusion.errors import AdapterMismatchError, ConfigError, LoraDiffusionError
-from lora_diffusion.quantize import fingerprint, quantize
-from lora_diffusion.targets import find_targets
-from tests import tiny
-from tests.test_gates import adapter
+from lora_diffusion import AdapterStack, save_adapter
+from lora_diffusion.errors import AdapterFileError, LoraDiffusionError
+from lora_diffusion.quantize import fingerprint
+from tests.small import ADAPTERS, Pipe, Small, X, small_adapter
 
-
-class Small(nn.Module):
-    """A denoiser of two linear layers and a convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.down_blocks = nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(8, 12)})])
-        self.mid_block = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3, padding=1)})
-        self.up_blocks = nn.ModuleList([nn.ModuleDict({"to_out": nn.Linear(12, 5)})])
-        self.requires_grad_(False).eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.mid_block["conv"](x).flatten(2).transpose(1, 2)
-        return self.up_blocks[0]["to_out"](self.down_blocks[0]["to_q"](tokens).relu())
-
-
-class Pipe:
-    """As much of a pipeline as a stack needs."""
-
-    def __init__(self) -> None:
-        self.unet = Small()
-
-    @property
-    def components(self) -> dict[str, Any]:
-        return {"unet": self.unet}
-
-
-X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-
-
-def small_adapter(name: str, rank: int, seed: int, fault: str = "") -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    found = find_targets(Small(), "all-linear+conv")
-    layers = {n: LoRA(rank).fresh(layer, generator) for n, layer in found.items()}
-    for new in layers.values():
-        new.tensors["up"].normal_(generator=generator)
-    last = layers["up_blocks.0.to_out"]
-    if fault == "shape":
-        layers["up_blocks.0.to_out"] = LayerAdapter("lora", {**last.tensors, "up": torch.ones(4, rank)}, 1.0)
-    if fault == "nan":
-        last.tensors["down"].fill_(float("nan"))
-    if fault == "name":
-        layers["nowhere"] = layers.pop("up_blocks.0.to_out")
-    return Adapter(name, {"unet": layers})
-
-
-ADAPTERS = {
-    "a": small_adapter("a", 2, 1),
-    "training": small_adapter("training", 3, 2),
-    "c.v1": small_adapter("c.v1", 1, 3),
-}
 BROKEN = {fault: small_adapter(fault, 2, 4, fault) for fault in ("shape", "nan", "name")}
 WEIGHTS = st.sampled_from([0.0, 1.0, -0.5, 0.8, {"down": 0.3}, "0.5@0-1", [1.0, 0.0], float("nan"), {"dwon": 1.0}])
 STEPS = st.lists(
@@ -182,83 +126,35 @@ def test_a_schedule_does_not_recompile() -> None:
     assert not torch.equal(outs[1], outs[2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fusing_many_times_leaves_every_bit(sd: Any, dtype: torch.dtype) -> None:
-    sd.to(dtype=dtype)
-    before, one = fingerprint(sd.unet), adapter(sd)
-    with AdapterStack(sd) as stack:
-        stack.add(one, 0.8)
-        if dtype == torch.float32:
-            apart = tiny.picture(sd)
-            stack.fuse()
-            np.testing.assert_allclose(tiny.picture(sd), apart, atol=1e-5)
-            stack.unfuse()
-        for _ in range(5):
-            stack.fuse()
-            assert fingerprint(sd.unet) != before
-            with pytest.raises(ConfigError, match="fused"):
-                stack.weigh("a", 0.3)
-            stack.unfuse()
-            assert fingerprint(sd.unet) == before
-        stack.fuse()
-    assert fingerprint(sd.unet) == before
+def test_a_known_adapter_is_neither_read_nor_planned_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipe()
+    stack, file = AdapterStack(pipe), save_adapter(ADAPTERS["a"], tmp_path / "a.safetensors")
+    stack.add(file)
+    with torch.no_grad():
+        expected = pipe.unet(X)
+    stack.remove("a")
+    monkeypatch.setattr("lora_diffusion.resident.load_adapter", None)
+    monkeypatch.setattr("lora_diffusion.stack.resolve", None)
+    stack.add(file)
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(X), expected)
+    monkeypatch.undo()
+    stack.clear()
+    file.unlink()
+    save_adapter(ADAPTERS["training"], file)
+    assert stack.content_hash(stack.add(file)) == ADAPTERS["training"].content_hash
 
 
-def test_fuse_refuses_what_it_cannot_hold(sd: Any) -> None:
-    with AdapterStack(sd) as stack:
-        stack.add(adapter(sd), "0@0,1@1")
-        with pytest.raises(ConfigError, match="by step"):
-            stack.fuse()
-    quantize(sd.unet, "nf4", compute_dtype=torch.float32)
-    before = fingerprint(sd.unet)
-    with AdapterStack(sd) as stack:
-        stack.add(adapter(sd))
-        with pytest.raises(ConfigError, match="quantised"):
-            stack.fuse()
-        assert fingerprint(sd.unet) == before
-
-
-def test_tokens_come_and_go_with_the_adapter(sd: Any) -> None:
-    tokenizer, table = sd.tokenizer, sd.text_encoder.get_input_embeddings()
-    weight, vocabulary, base = table.weight, len(tokenizer), tiny.picture(sd, "a <fox>")
-    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    carried = Adapter("t", adapter(sd).layers, {"<fox>": {"text_encoder": vectors}})
-    with AdapterStack(sd) as stack:
-        stack.add(carried, 0.0)
-        ids = sd.tokenizer.convert_tokens_to_ids(["<fox>", "<fox>_1"])
-        assert ids == [vocabulary, vocabulary + 1]
-        assert torch.equal(sd.text_encoder.get_input_embeddings().weight[ids], vectors)
-        assert np.abs(tiny.picture(sd, "a <fox>") - base).max() > 1e-3
-        with pytest.raises(AdapterMismatchError, match="known already"):
-            stack.add(Adapter("u", {}, {"<fox>": {"text_encoder": vectors}}))
-        with pytest.raises(AdapterMismatchError, match="33 wide"):
-            stack.add(Adapter("u", {}, {"<b>": {"text_encoder": torch.zeros(1, 33)}}))
-        assert list(stack) == ["t"]
-    assert sd.tokenizer is tokenizer
-    assert table.weight is weight
-    assert (table.num_embeddings, sd.text_encoder.config.vocab_size) == (vocabulary, vocabulary)
-    assert np.array_equal(tiny.picture(sd, "a <fox>"), base)
-
-
-def test_schedules_and_masks_under_offload_and_after_a_move(sd: Any) -> None:
-    from accelerate import cpu_offload
-
-    one = adapter(sd, components=("unet",))
-    with AdapterStack(sd) as stack:
-        stack.add(one, "0@0,1@1")
-        expected = tiny.picture(sd)
-    pipe = tiny.sd()
-    with AdapterStack(pipe) as stack:
-        stack.add(one, "0@0,1@1")
-        cpu_offload(pipe.unet, torch.device("cpu"))
-        np.testing.assert_allclose(tiny.picture(pipe), expected, atol=1e-5)
-    with AdapterStack(sd) as stack:
-        stack.add(one, "0@0,1@1")
-        sd.to(dtype=torch.float64)
-        sd.to(dtype=torch.float32)
-        sd.enable_attention_slicing()
-        sd.vae.enable_tiling()
-        np.testing.assert_allclose(tiny.picture(sd), expected, atol=1e-4)
+def test_a_tensor_written_in_place_is_seen() -> None:
+    stack, one = AdapterStack(Pipe()), small_adapter("w", 2, 9)
+    stack.add(one)
+    before = stack.content_hash("w")
+    stack.remove("w")
+    one.layers["unet"]["up_blocks.0.to_out"].tensors["up"].fill_(float("nan"))
+    with pytest.raises(AdapterFileError, match="not finite"):
+        stack.add(one)
+    one.layers["unet"]["up_blocks.0.to_out"].tensors["up"].fill_(1.0)
+    assert stack.content_hash(stack.add(one)) != before
 
 
 def test_a_copy_of_a_stacked_model_stands_alone() -> None:

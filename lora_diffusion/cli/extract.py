@@ -25,7 +25,7 @@ def extract(
     """
     refuse_existing(out, overwrite)
 
-    from lora_diffusion.cli.progress import bar, console
+    from lora_diffusion.cli.progress import bar, say
     from lora_diffusion.errors import some
     from lora_diffusion.formats.files import save_adapter
     from lora_diffusion.merging import extract as extract_adapter
@@ -41,6 +41,6 @@ def extract(
             listen=lambda done, of: progress.update(task, completed=done, total=of),
         )
     save_adapter(found.adapter, out, format=format, overwrite=overwrite)
-    console.print(f"{out}: {found.adapter!r}, {found.kept:.2%} of the energy kept", highlight=False)
+    say(f"{out}: {found.adapter!r}, {found.kept:.2%} of the energy kept")
     if found.left_out:
-        console.print(f"changed, but not in the adapter: {some(found.left_out)}", highlight=False)
+        say(f"changed, but not in the adapter: {some(found.left_out)}")

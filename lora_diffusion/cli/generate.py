@@ -34,7 +34,7 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="What to draw; several make a batch, each with its own mix.")
     ] = None,
-    base: Base = "samples/base",
+    base: Base = None,
     adapter: Adapters = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG file; further pictures get -2, -3, …")] = Path(
         "picture.png"
@@ -61,15 +61,16 @@ def generate(
     """
     if bool(prompts) == bool(remake):
         raise ConfigError("generate: give prompts or --from PICTURE, one of the two")
-    weighted = [parse_adapter(text) for text in adapter or []]
+    weighted, pixels = [parse_adapter(text) for text in adapter or []], parse_size(size)
     total = len(prompts or [""]) * count
     files = [out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(total)]
     for file in files if prompts else [out]:
         refuse_existing(file, overwrite)
 
-    from lora_diffusion.cli.progress import console
+    from lora_diffusion.cli.progress import say
     from lora_diffusion.generating import Drawing, Order, read_recipe, save_picture
     from lora_diffusion.library import Library, parse_prompts
+    from lora_diffusion.quickstart import find_samples
 
     if remake is not None:
         made = _again(read_recipe(remake), [path for path, _ in weighted], library, device)
@@ -79,11 +80,11 @@ def generate(
         shelf = Library(library)
         found = {name: shelf.find(name) for name in tags}
         order = Order(texts, [seed + i for i in range(total)], tags)
-        how = Drawing(steps, guidance, parse_size(size), negative)
-        made = _drawn(order, how, weighted, found, (base, quantize, device))
+        how = Drawing(steps, guidance, pixels, negative)
+        made = _drawn(order, how, weighted, found, (base or str(find_samples(None) / "base"), quantize, device))
     for (picture, said), file in zip(made, files, strict=True):
         save_picture(picture, file, said)
-    console.print("\n".join(map(str, files)), highlight=False)
+    say("\n".join(map(str, files)))
 
 
 def _drawn(
@@ -124,10 +125,10 @@ def _again(remake: Any, files: list[Path], library: Path, device: str) -> list[t
 
 
 def _mention_triggers(stack: Any, prompts: Any) -> None:
-    from lora_diffusion.cli.progress import console
+    from lora_diffusion.cli.progress import say
     from lora_diffusion.formats.identity import trigger_words
 
     for name in stack:
         words = trigger_words(stack[name].metadata) if "modelspec.trigger_phrase" in stack[name].metadata else []
         if words and not any(word in prompt for word in words for prompt in prompts):
-            console.print(f"{name}: trained with {', '.join(words)}, which no prompt mentions", highlight=False)
+            say(f"{name}: trained with {', '.join(words)}, which no prompt mentions")

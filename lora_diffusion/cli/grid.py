@@ -26,7 +26,7 @@ from lora_diffusion.errors import ConfigError
 
 def grid(
     prompts: Annotated[list[str], typer.Argument(help="Prompts.")],
-    base: Base = "samples/base",
+    base: Base = None,
     adapter: Adapters = None,
     columns: Annotated[str, typer.Option(help="What changes across: weight, adapter, prompt or seed.")] = "weight",
     rows: Annotated[str, typer.Option(help="What changes downwards: weight, adapter, prompt or seed.")] = "prompt",
@@ -49,13 +49,14 @@ def grid(
 
     Example: `lora-diffusion grid "red apple" -a ink.safetensors -a kiki.safetensors --columns adapter --rows seed`
     """
-    weighted = [parse_adapter(text) for text in adapter or []]
+    weighted, pixels = [parse_adapter(text) for text in adapter or []], parse_size(size)
     refuse_existing(out, overwrite)
 
     from lora_diffusion.axes import Choices, grid_order, parse_factors
-    from lora_diffusion.cli.progress import bar, console
+    from lora_diffusion.cli.progress import bar, say
     from lora_diffusion.generating import Drawing, draw_order
     from lora_diffusion.pipelines import load_for_drawing
+    from lora_diffusion.quickstart import find_samples
     from lora_diffusion.sheet import contact_sheet
     from lora_diffusion.stack import AdapterStack
 
@@ -63,8 +64,9 @@ def grid(
     for axis in (columns, rows):
         if not Choices(prompts, numbers, {str(path): weight for path, weight in weighted}, factors).labels(axis):
             raise ConfigError(f"axis {axis!r} has nothing on it; name adapters with --adapter")
+    base = base or str(find_samples(None) / "base")
     opened = load_for_drawing(base, quantize, device)
-    how = Drawing(steps, guidance, parse_size(size), negative)
+    how = Drawing(steps, guidance, pixels, negative)
     with AdapterStack(opened.pipe) as stack, bar() as progress:
         choices = Choices(prompts, numbers, {stack.add(path): weight for path, weight in weighted}, factors)
         order = grid_order(choices, columns, rows)
@@ -74,7 +76,7 @@ def grid(
     pictures = [[made[r * len(across) + c][0] for c in range(len(across))] for r in range(len(down))]
     title = " + ".join(f"{name} {weight}" for name, weight in choices.adapters.items())
     contact_sheet(pictures, down, across, title=title).save(out)
-    console.print(str(out), highlight=False)
+    say(str(out))
 
 
 def _seeds(text: str) -> list[int]:

@@ -27,7 +27,7 @@ def merge(
     weighted = [parse_adapter(text) for text in adapters]
     refuse_existing(out, overwrite)
 
-    from lora_diffusion.cli.progress import bar, console
+    from lora_diffusion.cli.progress import bar, say
     from lora_diffusion.formats.files import load_adapter, save_adapter
     from lora_diffusion.merging import merge as merge_adapters
 
@@ -45,4 +45,4 @@ def merge(
             listen=lambda done, of: progress.update(task, completed=done, total=of),
         )
     save_adapter(merged.adapter, out, format=format, overwrite=overwrite)
-    console.print(f"{out}: {merged.adapter!r}, {merged.kept:.2%} of the energy kept", highlight=False)
+    say(f"{out}: {merged.adapter!r}, {merged.kept:.2%} of the energy kept")

@@ -26,7 +26,7 @@ def resize(
     path, _ = parse_adapter(adapter)
     refuse_existing(out, overwrite)
 
-    from lora_diffusion.cli.progress import bar, console
+    from lora_diffusion.cli.progress import bar, say
     from lora_diffusion.formats.files import load_adapter, save_adapter
     from lora_diffusion.merging import resize as resize_adapter
 
@@ -41,4 +41,4 @@ def resize(
         )
     save_adapter(smaller.adapter, out, format=format, overwrite=overwrite)
     ranks = sorted(smaller.ranks.values())
-    console.print(f"{out}: ranks {ranks[0]} to {ranks[-1]}, {smaller.kept:.2%} of the energy kept", highlight=False)
+    say(f"{out}: ranks {ranks[0]} to {ranks[-1]}, {smaller.kept:.2%} of the energy kept")
