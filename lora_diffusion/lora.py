@@ -14,6 +14,8 @@ All that can be turned while a pipeline runs is a value of g. One sum, two exact
     branch            out + ((x downᵀ) · g) up            few tokens, 4-bit weights, training, gates per token
     transient merge   x (W + upᵀ diag(g) down)ᵀ           many tokens: T · (in + out) > in · out
 
+What is no low-rank pair (DoRA, LoHa, OFT, …) is a branch of its own in the same slot: see `branches.py`.
+
 A `Slot` is a child module `adapters` of the frozen layer plus two hooks on it. The layer keeps its class,
 its weights and whatever else patches its `forward`; taking the slot off leaves no trace.
 """
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape
 
 SLOT = "adapters"  # name of the child module on a frozen layer
@@ -50,31 +53,38 @@ class Pair:
         return self.down.shape[0]
 
 
-class Slot(nn.Module):
-    """What sits on one frozen layer: the packed pairs of every adapter on it, and their gate."""
+Part = Pair | Branch
 
-    down: nn.Parameter  # (R, in[, kh, kw])
+
+class Slot(nn.Module):
+    """What sits on one frozen layer: the packed pairs of every adapter on it, their gate, and the branches."""
+
+    down: nn.Parameter  # (R, in[, kh, kw]); empty without pairs
     up: nn.Parameter  # (R, out)
     gate: Tensor  # float32: (R,), (batch, 1, R) or (batch, tokens, R)
 
-    def __init__(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False) -> None:
+    def __init__(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False) -> None:
         super().__init__()
         self.convolution = convolution_arguments(layer)
         self.dropout = 0.0  # probability, on the rank axis, while training
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
-        self.pack(layer, pairs, trainable=trainable)
+        self.pack(layer, parts, trainable=trainable)
 
-    def pack(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False) -> None:
-        """Hold these pairs and no others, each at weight 1; trainable ones in float32."""
+    def pack(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False) -> None:
+        """Hold these pairs and branches and no others, each at weight 1; trainable ones in float32."""
         dtype = torch.float32 if trainable else compute_dtype(layer)
         weight = frozen_weight(layer)
         device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
-        downs = [pair.down.reshape(pair.rank, *kernel_shape(layer)).to(device, dtype) for pair in pairs]
-        ups = [pair.up.reshape(-1, pair.rank).t().to(device, dtype) for pair in pairs]
-        self.down = nn.Parameter(torch.cat(downs), requires_grad=trainable)
-        self.up = nn.Parameter(torch.cat(ups), requires_grad=trainable)
+        pairs = [part for part in parts if isinstance(part, Pair)]
+        branches = [part for part in parts if isinstance(part, Branch)]
+        none = torch.empty(0)
+        downs = [pair.down.reshape(pair.rank, *kernel_shape(layer)) for pair in pairs] or [none]
+        ups = [pair.up.reshape(-1, pair.rank).t() for pair in pairs] or [none]
+        self.down = nn.Parameter(_packed(downs, device, dtype), requires_grad=trainable and bool(pairs))
+        self.up = nn.Parameter(_packed(ups, device, dtype), requires_grad=trainable and bool(pairs))
         self.pairs = tuple((pair.name, pair.rank, pair.scale) for pair in pairs)
+        self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
         self.weigh({})
 
     def weigh(self, weights: Mapping[str, float]) -> None:
@@ -82,10 +92,11 @@ class Slot(nn.Module):
         self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.pairs)
         rows = [w * scale for w, (_, rank, scale) in zip(self.weights, self.pairs, strict=True) for _ in range(rank)]
         self.register_buffer("gate", torch.tensor(rows, device=self.down.device), persistent=False)
-        self.idle = not any(rows)  # then the layer is left alone, bit for bit
+        strengths = [branch.turn(weights) for branch in self.branches if isinstance(branch, Branch)]
+        self.idle = not any(rows) and not any(strengths)  # then the layer is left alone, bit for bit
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """`out` (the frozen layer's output for `x`) with all adapters added."""
+        """`out` (the frozen layer's output for `x`) with all pairs added."""
         gate = self.gate
         if self.training and self.dropout:
             gate = gate * self._keep(x) / (1 - self.dropout)
@@ -111,12 +122,18 @@ class Slot(nn.Module):
         if self.kept:
             layer._parameters["weight"] = self.kept.pop()  # type: ignore[assignment]
             return out
-        return out if self.idle or out is None else self(_input(args, kwargs), out)
+        if self.idle or out is None:
+            return out
+        x = _input(args, kwargs)
+        if self.branches:  # first: they need the base output, to which pairs may be added in place
+            out = add_branches(self.branches, layer, x, out)
+        return self(x, out) if self.pairs else out
 
     def extra_repr(self) -> str:
         """`'style' rank 16 at 0.8, …`"""
         rows = zip(self.pairs, self.weights, strict=True)
-        return ", ".join(f"{name!r} rank {rank} at {weight:g}" for (name, rank, _), weight in rows)
+        shown = [f"{name!r} rank {rank} at {weight:g}" for (name, rank, _), weight in rows]
+        return ", ".join([*shown, *(f"{b.name!r} ({type(b).__name__}) at {b.strength:g}" for b in self.branches)])
 
     def _keep(self, x: Tensor) -> Tensor:
         tokens = (x.shape[0], 1) if self.convolution is not None else x.shape[:-1]
@@ -126,6 +143,8 @@ class Slot(nn.Module):
         weight = layer._parameters.get("weight")
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gate.dim() > 1 or weight is None:
             return False
+        if not self.pairs or self.branches:
+            return False  # branches need the base output
         if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
             return False  # 4-bit, offloaded or tied up otherwise
         if weight.dtype == torch.float16 and weight.device.type == "cpu":
@@ -157,6 +176,10 @@ class _LowRank(torch.autograd.Function):
         grad_down = (inner.flatten(0, -2).t() @ x.flatten(0, -2)).to(down.dtype)
         grad_x = inner @ down.to(x.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_down, grad_up, None
+
+
+def _packed(rows: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.cat([row.to(device, dtype) for row in rows])
 
 
 def _gated(hidden: Tensor, gate: Tensor) -> Tensor:

@@ -135,14 +135,14 @@ class AdapterStack:
     def _repack(self, sites: dict[Site, Any]) -> None:
         for component, layer_name in sites:
             layer = self.components[component].get_submodule(layer_name)
-            pairs = [METHODS[s.method].pair(name, s) for name, s in self._on((component, layer_name))]
+            parts = [METHODS[s.method].part(name, s, layer) for name, s in self._on((component, layer_name))]
             slot = slot_of(layer)
-            if not pairs:
+            if not parts:
                 take_off(layer)
             elif slot is None:
-                place(layer, Slot(layer, pairs))
+                place(layer, Slot(layer, parts))
             else:
-                slot.pack(layer, pairs)
+                slot.pack(layer, parts)
         self._reweigh(sites)
 
     def _reweigh(self, sites: dict[Site, Any]) -> None:
