@@ -58,11 +58,16 @@ def test_lokr(kind: str, method: LoKr) -> None:
     layer = LAYERS[kind]()
     adapter = random(layer, method.fresh(layer))
     names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-    gamma = 1.0 if "w2" in adapter.tensors else 5.0  # theirs divides it by the rank of a factor
+    divisor = next((adapter.tensors[key].shape[1] for key in ("w1_a", "w2_a") if key in adapter.tensors), 1)
+    gamma = LoKr.scale(adapter) * divisor  # by which theirs divides, in Tucker form the wrong side for the rank
     theirs = lokr.diff_weight(*(adapter.tensors.get(name) for name in names), gamma=gamma)
     close(LoKr.delta(adapter, layer), theirs)
     made = lokr.weight_gen(
-        layer.weight, method.rank, tucker=method.tucker, factor=method.factor, decompose_both=method.both
+        layer.weight,
+        method.rank,
+        tucker=method.tucker and kind == "conv",
+        factor=method.factor,
+        decompose_both=method.both,
     )
     shapes = {name: tensor.shape for name, tensor in zip(names, made, strict=True) if tensor is not None}
     assert shapes == {name: tensor.shape for name, tensor in adapter.tensors.items()}
