@@ -13,7 +13,6 @@ reached as the layer's own product, so that nothing dense is rebuilt over 4 bits
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,6 @@ class Branch(nn.Module):
     def __init__(self, name: str, tensors: Mapping[str, Tensor], scale: float = 1.0) -> None:
         super().__init__()
         self.name, self.scale = name, scale
-        self.strength = 1.0
         self.held = nn.ParameterDict({key: nn.Parameter(t, requires_grad=False) for key, t in tensors.items()})
         self.register_buffer("kept", None, persistent=False)
 
@@ -42,11 +40,6 @@ class Branch(nn.Module):
             copy = tensor.detach().to(device, kind, copy=True)
             self.held[key] = nn.Parameter(copy, requires_grad=trainable and floating)
         return self
-
-    def turn(self, weights: Mapping[str, float]) -> float:
-        """Set the strength from one number an adapter (1 where none is given), and return it."""
-        self.strength = weights.get(self.name, 1.0)
-        return self.strength
 
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """adapted - base at weight 1, in the shape of `out`, which is the frozen layer's output for `x`."""
@@ -62,13 +55,12 @@ class Branch(nn.Module):
         return self.kept
 
 
-def add_branches(branches: Iterable[Any], layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-    """`out` with every branch at its strength; those at 0 are not computed. `out` itself is left as it is."""
+def add_branches(turned: Iterable[tuple[Branch, Tensor]], layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    """`out` with every branch times its number, which is float32 and so is their sum. Leaves `out` as it is."""
     total: Tensor | None = None
-    for branch in branches:
-        if branch.strength:
-            share = branch.change(layer, x, out) * branch.strength
-            total = share if total is None else total.float() + share
+    for branch, number in turned:
+        share = branch.change(layer, x, out) * number
+        total = share if total is None else total + share
     return out if total is None else out + total.to(out.dtype)
 
 

@@ -14,7 +14,8 @@ All that can be turned while a pipeline runs is a value of g. One sum, two exact
     branch            out + ((x downᵀ) · g) up            few tokens, 4-bit weights, training, gates per token
     transient merge   x (W + upᵀ diag(g) down)ᵀ           many tokens: T · (in + out) > in · out
 
-What is no low-rank pair (DoRA, LoHa, OFT, …) is a branch of its own in the same slot: see `branches.py`.
+What is no low-rank pair (DoRA, LoHa, OFT, …) is a branch of its own in the same slot, with its own number in g:
+see `branches.py`.
 
 A `Slot` is a child module `adapters` of the frozen layer plus two hooks on it. The layer keeps its class,
 its weights and whatever else patches its `forward`; taking the slot off leaves no trace.
@@ -22,7 +23,7 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.branches import Branch, add_branches
-from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape
+from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape, out_width
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 
@@ -57,47 +58,64 @@ Part = Pair | Branch
 
 
 class Slot(nn.Module):
-    """What sits on one frozen layer: the packed pairs of every adapter on it, their gate, and the branches."""
+    """What sits on one frozen layer: the packed pairs of every adapter on it, the branches, and their gate."""
 
-    down: nn.Parameter  # (R, in[, kh, kw]); empty without pairs
+    down: nn.Parameter  # (R, in[, kh, kw])
     up: nn.Parameter  # (R, out)
     gate: Tensor  # float32: (R,), (batch, 1, R) or (batch, tokens, R)
 
-    def __init__(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False) -> None:
+    def __init__(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False, reserve: int = 0) -> None:
         super().__init__()
         self.convolution = convolution_arguments(layer)
         self.dropout = 0.0  # probability, on the rank axis, while training
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
+        self.live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
+        self.reserve = reserve  # rows held at least, so that swapping within them changes no shape
         self.pack(layer, parts, trainable=trainable)
 
     def pack(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False) -> None:
-        """Hold these pairs and branches and no others, each at weight 1; trainable ones in float32."""
+        """Hold these parts and no others, each at weight 1; trainable ones in float32.
+
+        Rows beyond theirs, up to `reserve`, are zero. Tensors of the right shape are written in place.
+        """
         dtype = torch.float32 if trainable else compute_dtype(layer)
         weight = frozen_weight(layer)
         device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
         pairs = [part for part in parts if isinstance(part, Pair)]
-        branches = [part for part in parts if isinstance(part, Branch)]
-        none = torch.empty(0)
-        downs = [pair.down.reshape(pair.rank, *kernel_shape(layer)) for pair in pairs] or [none]
-        ups = [pair.up.reshape(-1, pair.rank).t() for pair in pairs] or [none]
-        self.down = nn.Parameter(_packed(downs, device, dtype), requires_grad=trainable and bool(pairs))
-        self.up = nn.Parameter(_packed(ups, device, dtype), requires_grad=trainable and bool(pairs))
+        rows = max(sum(pair.rank for pair in pairs), self.reserve)
+        kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # of a norm's slot: no rows
+        down = self._held("down", (rows, *kernel), dtype, device)
+        up = self._held("up", (rows, width), dtype, device)
+        start = 0
+        for pair in pairs:
+            down[start : start + pair.rank] = pair.down.reshape(pair.rank, *kernel)
+            up[start : start + pair.rank] = pair.up.reshape(-1, pair.rank).t()
+            start += pair.rank
+        down[start:], up[start:] = 0, 0
+        if "down" not in self._parameters or down.data_ptr() != self.down.data_ptr():
+            self.down = nn.Parameter(down, requires_grad=trainable and rows > 0)
+            self.up = nn.Parameter(up, requires_grad=trainable and rows > 0)
         self.pairs = tuple((pair.name, pair.rank, pair.scale) for pair in pairs)
+        branches = [part for part in parts if isinstance(part, Branch)]
         self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
+        self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
+        self.rows = rows + len(branches)
         self.weigh({})
 
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Set the gate from one number an adapter (1 where none is given)."""
-        self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.pairs)
-        rows = [w * scale for w, (_, rank, scale) in zip(self.weights, self.pairs, strict=True) for _ in range(rank)]
+        self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.entries)
+        rows = [w * scale for w, (_, rank, scale) in zip(self.weights, self.entries, strict=True) for _ in range(rank)]
+        rows += [0.0] * (self.rows - len(rows))
         self.register_buffer("gate", torch.tensor(rows, device=self.down.device), persistent=False)
-        strengths = [branch.turn(weights) for branch in self.branches if isinstance(branch, Branch)]
-        self.idle = not any(rows) and not any(strengths)  # then the layer is left alone, bit for bit
+        self.idle = not any(rows)  # then the layer is left alone, bit for bit
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """`out` (the frozen layer's output for `x`) with all pairs added."""
-        gate = self.gate
+        gate, first = self._gate(out), sum(rank for _, rank, _ in self.pairs)
+        if self.branches:
+            gate = torch.cat([gate[..., :first], gate[..., first + len(self.branches) :]], dim=-1)
         if self.training and self.dropout:
             gate = gate * self._keep(x) / (1 - self.dropout)
         if self.convolution is not None:
@@ -113,7 +131,7 @@ class Slot(nn.Module):
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook: where merging pays, let the merged weight stand in for the frozen one during this call."""
-        if not self.idle and self._merging_pays(layer, _input(args, kwargs)):
+        if not self.idle and self.live is None and self._merging_pays(layer, _input(args, kwargs)):
             self.kept.append(frozen_weight(layer))
             layer._parameters["weight"] = self.merged(self.kept[-1])  # type: ignore[assignment]
 
@@ -122,18 +140,47 @@ class Slot(nn.Module):
         if self.kept:
             layer._parameters["weight"] = self.kept.pop()  # type: ignore[assignment]
             return out
-        if self.idle or out is None:
+        if out is None or (self.idle and not torch.compiler.is_compiling()):  # compiled code adds zero instead
             return out
         x = _input(args, kwargs)
         if self.branches:  # first: they need the base output, to which pairs may be added in place
-            out = add_branches(self.branches, layer, x, out)
-        return self(x, out) if self.pairs else out
+            out = add_branches(self._turned(out), layer, x, out)
+        return self(x, out) if len(self.down) else out
 
     def extra_repr(self) -> str:
         """`'style' rank 16 at 0.8, …`"""
-        rows = zip(self.pairs, self.weights, strict=True)
-        shown = [f"{name!r} rank {rank} at {weight:g}" for (name, rank, _), weight in rows]
-        return ", ".join([*shown, *(f"{b.name!r} ({type(b).__name__}) at {b.strength:g}" for b in self.branches)])
+        kinds = [*(f"rank {rank}" for _, rank, _ in self.pairs), *(type(b).__name__ for b in self.branches)]
+        rows = zip(self.entries, kinds, self.weights, strict=True)
+        return ", ".join(f"{name!r} {kind} at {weight:g}" for (name, _, _), kind, weight in rows)
+
+    def _held(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        held = self._parameters.get(name)
+        fits = held is not None and self.reserve and (held.shape, held.dtype, held.device) == (shape, dtype, device)
+        return held.data if fits and held is not None else torch.empty(shape, dtype=dtype, device=device)
+
+    def _turned(self, out: Tensor) -> list[tuple[Branch, Tensor]]:
+        """Every branch that is on, with its number in the gate, shaped to multiply its output."""
+        gate, first = self._gate(out), len(self.pairs)
+        column = sum(rank for _, rank, _ in self.pairs)
+        on: list[tuple[Branch, Tensor]] = []
+        for i, branch in enumerate(self.branches):
+            assert isinstance(branch, Branch)
+            if self.weights[first + i] or torch.compiler.is_compiling():
+                gain = gate[..., column + i : column + i + 1].to(out.device)
+                flat = self.convolution is None or gain.dim() == 1
+                on.append((branch, gain if flat else _over_pixels(gain, out)))
+        return on
+
+    def _gate(self, out: Tensor) -> Tensor:
+        return self.gate if self.live is None else self._by_place(out)
+
+    def _by_place(self, out: Tensor) -> Tensor:
+        assert self.live is not None
+        places = out.shape[2:] if self.convolution is not None else out.shape[1:-1]
+        gate = self.live(out.shape[0], places)  # (1 or batch, 1 or places, R)
+        if self.convolution is not None or len(places) == 1:
+            return gate
+        return gate.unflatten(1, places if gate.shape[1] > 1 else (1,) * len(places)) if places else gate[:, 0]
 
     def _keep(self, x: Tensor) -> Tensor:
         tokens = (x.shape[0], 1) if self.convolution is not None else x.shape[:-1]
@@ -143,8 +190,8 @@ class Slot(nn.Module):
         weight = layer._parameters.get("weight")
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gate.dim() > 1 or weight is None:
             return False
-        if not self.pairs or self.branches:
-            return False  # branches need the base output
+        if self.branches:
+            return False  # they need the base output
         if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
             return False  # 4-bit, offloaded or tied up otherwise
         if weight.dtype == torch.float16 and weight.device.type == "cpu":
@@ -178,10 +225,6 @@ class _LowRank(torch.autograd.Function):
         return grad_x, grad_down, grad_up, None
 
 
-def _packed(rows: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.cat([row.to(device, dtype) for row in rows])
-
-
 def _gated(hidden: Tensor, gate: Tensor) -> Tensor:
     return (hidden * gate).to(hidden.dtype)  # the gate is float32: one rounding
 
@@ -196,10 +239,13 @@ def _add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) 
 
 def _add_convolution(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor, how: dict[str, Any]) -> Tensor:
     hidden = F.conv2d(x, down.to(x), **how)  # (batch, R, height, width)
-    columns = gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device)
-    columns = columns.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
-    columns = columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, hidden.shape[-2:])
+    columns = _over_pixels(gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device), hidden)
     return out + F.conv2d(_gated(hidden, columns), up.to(x).t()[:, :, None, None]).to(out.dtype)
+
+
+def _over_pixels(gate: Tensor, image: Tensor) -> Tensor:
+    columns = gate.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
+    return columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, image.shape[-2:])
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

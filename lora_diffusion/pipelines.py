@@ -92,7 +92,8 @@ def _open(base: str | Path, dtype: torch.dtype) -> Any:
             return DiffusionPipeline.from_pretrained(str(Path(base).expanduser()) if looks_local else base, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"base {str(base)!r} cannot be opened: {reason}") from None
+            where = "" if looks_local else "is no folder here and "
+            raise ConfigError(f"base {str(base)!r} {where}cannot be opened: {reason}") from None
 
 
 @contextmanager

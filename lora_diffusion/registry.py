@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from lora_diffusion.errors import TargetError, did_you_mean
@@ -60,6 +59,8 @@ class Registry(Generic[T]):
         if self._looked_outside:
             return
         self._looked_outside = True
+        from importlib.metadata import entry_points  # 0.1 s that a header's reader does not need
+
         for point in entry_points(group=f"lora_diffusion.{self.seam}"):
             if point.name in self._paths or point.name in self._loaded:
                 raise TargetError(f"{self.seam}: {point.value} wants the name {point.name!r}, which is taken")

@@ -165,3 +165,18 @@ def test_the_notice_about_an_optional_package_is_silenced_and_nothing_else(caplo
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no")
     logger.warning("something that matters")
     assert [record.getMessage() for record in caplog.records] == ["something that matters"]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_layers_are_quantised_in_pieces_with_the_same_bits(double_quant: bool, dtype: torch.dtype) -> None:
+    import bitsandbytes as bnb
+
+    model = nn.Sequential(nn.Linear(1026, 1100, bias=False, dtype=dtype))
+    whole = bnb.nn.Linear4bit(1026, 1100, bias=False, compress_statistics=double_quant, quant_type="nf4")
+    weight = model[0].weight.detach().clone()
+    whole.weight = bnb.nn.Params4bit(weight, compress_statistics=double_quant, quant_type="nf4", module=whole)
+    whole.to("cpu")
+    quantize(model, "nf4", double_quant=double_quant, compute_dtype=dtype)
+    assert weight.numel() > 2**20
+    assert fingerprint(model) == fingerprint(nn.Sequential(whole))

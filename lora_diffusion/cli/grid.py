@@ -25,7 +25,7 @@ from lora_diffusion.errors import ConfigError
 
 def grid(
     prompts: Annotated[list[str], typer.Argument(help="One row each.")],
-    base: Base = "samples/base",
+    base: Base = None,
     adapter: Adapters = None,
     weights: Annotated[str, typer.Option(help="One column each: factors on every adapter's weight.")] = "0,0.5,1",
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG file.")] = Path("grid.png"),
@@ -43,17 +43,20 @@ def grid(
     Example: `lora-diffusion grid "red apple" "cat face" -a ink.safetensors --weights 0,0.4,0.8,1.2`
     """
     weighted = [parse_adapter(text) for text in adapter or []]
+    pixels = parse_size(size)
     factors = _numbers(weights)
     refuse_existing(out, overwrite)
 
-    from lora_diffusion.cli.progress import bar, console
+    from lora_diffusion.cli.progress import bar, say
     from lora_diffusion.generating import Drawing, draw
     from lora_diffusion.pipelines import load_for_drawing
+    from lora_diffusion.quickstart import find_samples
     from lora_diffusion.sheet import contact_sheet
     from lora_diffusion.stack import AdapterStack
 
+    base = base or str(find_samples(None) / "base")
     opened = load_for_drawing(base, quantize, device)
-    how = Drawing(steps, guidance, parse_size(size), negative)
+    how = Drawing(steps, guidance, pixels, negative)
     columns = []
     with AdapterStack(opened.pipe) as stack, bar() as progress:
         names = [(stack.add(path), weight) for path, weight in weighted]
@@ -73,7 +76,7 @@ def grid(
     title = " + ".join(f"{path.stem} {weight:g}" for path, weight in weighted)
     heads = ["base" if factor == 0 else f"× {factor:g}" for factor in factors]
     contact_sheet(list(zip(*columns, strict=True)), prompts, heads, title=title).save(out)
-    console.print(str(out), highlight=False)
+    say(str(out))
 
 
 def _numbers(text: str) -> list[float]:

@@ -9,7 +9,10 @@ import typer
 
 from lora_diffusion.errors import ConfigError
 
-Base = Annotated[str, typer.Option("--base", "-b", help="Base model: Diffusers folder or hub id.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", "-b", help="Base model: Diffusers folder or hub id (default: the small one that ships)."),
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(

@@ -29,6 +29,11 @@ EVERY = 15.0  # seconds between lines of text where there is no terminal
 console = Console()
 
 
+def say(text: str) -> None:
+    """Print as it is: no markup, no wrapping inside file names."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def bar() -> Progress:
     """A progress bar with count, note, elapsed and remaining time; nothing where there is no terminal."""
     return Progress(
@@ -60,7 +65,7 @@ class StageBars:
         now = time.monotonic()
         if self.progress.disable and (done == total or now - self.said > EVERY):
             self.said = now
-            console.print(f"{stage} {done}/{total} {note}".rstrip(), highlight=False)
+            say(f"{stage} {done}/{total} {note}".rstrip())
 
 
 class TrainingBars(StageBars):
@@ -86,12 +91,12 @@ def show_training(config: TrainConfig) -> TrainResult:
     with bar() as progress:
         result = train(config, TrainingBars(progress))
     if result.report is not None:
-        console.print(str(result.report), highlight=False)
+        say(str(result.report))
     unchanged = "no byte of the backbone changed" if result.backbone_unchanged else "THE BACKBONE CHANGED"
     if result.adapter is None:
-        console.print(f"interrupted after step {result.steps}, saved; {unchanged}; the same command goes on")
+        say(f"interrupted after step {result.steps}, saved; {unchanged}; the same command goes on")
         raise typer.Exit(130)
-    console.print(
+    say(
         f"{result.adapter}: {result.parameters:,} parameters, {_size(result.adapter)}; "
         f"held-out loss {result.heldout_base:.4f} -> {result.heldout_adapter:.4f}; {unchanged}"
     )
@@ -107,7 +112,7 @@ def show_quickstart(plan: Plan) -> None:
     with bar() as progress:
         shown = show(plan, result.adapter, StageBars(progress).show)
     console.print(_summary(plan, result, shown, trained - start))
-    console.print(f"\nLook at [bold]{shown.grid}[/bold]", highlight=False)
+    say(f"\nLook at {shown.grid}")
 
 
 def _summary(plan: Plan, result: TrainResult, shown: Shown, training: float) -> Table:

@@ -72,7 +72,7 @@ def read_header(path: Path) -> Header:
         return _read_header(file, path)
 
 
-def read(path: Path, accept: Callable[[Header], None] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path: Path, accept: Callable[[Header], object] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of `path`; the tensors share one buffer into which the file was read once.
 
     `accept` sees the header first and may raise, so that a file of no use costs no more than its header.

@@ -6,7 +6,7 @@ Only safetensors are read and written, so that opening a file can never run code
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,17 +36,23 @@ def load_adapter(path: str | Path, *, strict: bool = True) -> Adapter:
     """
     path = Path(path)
     file, beside = _find(path)
-    chosen: list[Format] = []
-    tensors, metadata = container.read(file, lambda header: chosen.append(_recognise(header, file)))
-    name = path.name if path.is_dir() else path.stem
+    tensors, metadata = container.read(file, lambda header: _recognise(header.entries, header.metadata, file))
+    adapter = understand(tensors, {**metadata, **beside}, file, strict=strict)
+    return replace(adapter, name=path.name if path.is_dir() else path.stem, source=path)
+
+
+def understand(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path, *, strict: bool = True
+) -> Adapter:
+    """The adapter that named tensors are, in whatever spelling; `file` gives it its name and errors their subject."""
+    spelling = _recognise(tensors, metadata, file)
     try:
-        parsed = chosen[0].load(tensors, {**metadata, **beside})
+        parsed = spelling.load(tensors, metadata)
     except AdapterFileError as error:
         raise AdapterFileError(f"{file.name}: {error}") from None
     if UNNAMED in parsed.embeddings:
-        parsed.embeddings = _named(parsed.embeddings, name, file)
-    spelling, unused = chosen[0].name, parsed.unused
-    adapter = Adapter(name, parsed.layers, parsed.embeddings, metadata, path, spelling=spelling, unused=unused)
+        parsed.embeddings = _named(parsed.embeddings, file.stem, file)
+    adapter = Adapter(file.stem, parsed.layers, parsed.embeddings, dict(metadata), file, spelling.name, parsed.unused)
     _check(adapter, file, strict)
     return adapter
 
@@ -106,16 +112,15 @@ def _named(embeddings: dict[str, dict[str, Tensor]], name: str, file: Path) -> d
     return {token or name: vectors for token, vectors in embeddings.items()}
 
 
-def _recognise(header: container.Header, path: Path) -> Format:
+def _recognise(keys: Collection[str], metadata: Mapping[str, str], path: Path) -> Format:
     for spelling in FORMATS.values():
-        if spelling.recognises(header.entries, header.metadata):
+        if spelling.recognises(keys, metadata):
             return spelling
-    if not header.entries:
+    if not keys:
         raise AdapterFileError(f"{path.name}: the file holds no tensors; was it saved before anything was trained?")
-    kind = next(filter(None, map(refused, header.entries)), "a whole model, perhaps")
+    kind = next(filter(None, map(refused, keys)), "a whole model, perhaps")
     raise AdapterFileError(
-        f"{path.name}: none of its {len(header.entries):,} tensors is named like an adapter's "
-        f"({some(header.entries)[:300]}); it is {kind}"
+        f"{path.name}: none of its {len(keys):,} tensors is named like an adapter's ({some(keys)[:300]}); it is {kind}"
     )
 
 

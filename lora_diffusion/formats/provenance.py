@@ -58,9 +58,9 @@ def named_layers(adapter: Adapter) -> list[Named]:
 
 
 def _width(layer: LayerAdapter) -> int:
-    for part in ("down", "w1_b"):
-        if part in layer.tensors and layer.tensors[part].ndim > 1:
-            return layer.tensors[part].shape[1]
+    part = {"loha": "w1_b"}.get(layer.method, "down")
+    if part in layer.tensors and layer.tensors[part].ndim > 1:
+        return layer.tensors[part].shape[1]
     if layer.method == "lokr" and all(part in layer.tensors or f"{part}_b" in layer.tensors for part in ("w1", "w2")):
         first, second = (layer.tensors.get(part, layer.tensors.get(f"{part}_b")) for part in ("w1", "w2"))
         return first.shape[1] * second.shape[1] if first is not None and second is not None else 0

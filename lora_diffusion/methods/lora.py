@@ -43,6 +43,11 @@ class LoRA(Ranked):
 
     @classmethod
     def part(cls, name: str, adapter: LayerAdapter, layer: nn.Module) -> Part:
+        """The pair, for linear layers and convolutions alike."""
+        return cls.pair(name, adapter)
+
+    @classmethod
+    def pair(cls, name: str, adapter: LayerAdapter) -> Pair:
         """The pair to pack into a slot under an adapter's name."""
         return Pair(name, adapter.tensors["down"], adapter.tensors["up"], cls.scale(adapter))
 

@@ -12,13 +12,13 @@ from lora_diffusion import TrainConfig
 from tests import tiny
 
 
-def pack(folder: Path, count: int = 6) -> Path:
-    """`count` captioned 32x32 pictures of coloured blocks."""
+def pack(folder: Path, count: int = 6, *, grey: bool = False) -> Path:
+    """`count` captioned 32x32 pictures of blocks, in colours or greys."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(count):
         blocks = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-        Image.fromarray(blocks).save(folder / f"{i}.png")
+        Image.fromarray(blocks).convert("L" if grey else "RGB").save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"thing {i}", "utf-8")
     return folder
 

@@ -1,0 +1,73 @@
+"""`lora-diffusion convert IN OUT --to …`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_diffusion.adapter import Adapter
+
+#: spellings in which sd-scripts and ComfyUI know a family by its checkpoint's own layer names
+_ORIGINAL = {"comfy", "kohya"}
+_DIFFUSERS_NAMES_EVERYWHERE = {"Stable Diffusion 1.x", "Stable Diffusion 2.x"}
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Adapter file of any spelling; .pt, .bin and .ckpt too.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    to: Annotated[str, typer.Option("--to", help="Spelling to write: diffusers, kohya, comfy or embedding.")],
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help="Pipeline folder, for families not known by heart.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    strict: Annotated[bool, typer.Option(help="Refuse a file in which something cannot be used.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Say what was written as JSON.")] = False,
+) -> None:
+    """Write an adapter again in the spelling of another tool, exactly: same deltas, same alphas.
+
+    Pickled files (.pt, .bin, .ckpt) are read here and nowhere else, and only if they hold plain tensors.
+
+    Example: `lora-diffusion convert style.pt style.safetensors --to kohya`
+    """
+    from lora_diffusion.formats.files import load_adapter, save_adapter
+    from lora_diffusion.formats.legacy import SUFFIXES, load_legacy
+
+    legacy = source.suffix.lower() in SUFFIXES
+    adapter = load_legacy(source, strict=strict) if legacy else load_adapter(source, strict=strict)
+    adapter = _named_for(adapter, to, base)
+    save_adapter(adapter, target, format=to, overwrite=overwrite)
+    said = {
+        "from": str(source),
+        "read as": f"{adapter.spelling}{' (pickle, tensors only)' if legacy else ''}",
+        "to": str(target),
+        "written as": to,
+        "layers": len(adapter),
+        "not used": adapter.unused,
+        "bytes": target.stat().st_size,
+    }
+    if as_json:
+        print(json.dumps(said))
+        return
+    print(f"{said['read as']} -> {to}: {len(adapter):,} layers, {said['bytes']:,} bytes in {target}")
+    for key, why in adapter.unused.items():
+        print(f"not used: {key}: {why}")
+
+
+def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:
+    """The adapter under the layer names that `to` asks for, as far as its family or `base` gives them."""
+    from lora_diffusion.families.original import dotted, original
+    from lora_diffusion.families.skeletons import PUBLISHED, skeleton, skeleton_of
+    from lora_diffusion.formats.identity import family_of
+    from lora_diffusion.formats.provenance import named_layers
+
+    family = family_of(named_layers(adapter)).name
+    if not len(adapter) or (base is None and family not in PUBLISHED):
+        return adapter
+    models = skeleton(family) if base is None else skeleton_of(base)
+    if to in _ORIGINAL and family not in _DIFFUSERS_NAMES_EVERYWHERE:
+        return original(adapter, models)
+    return dotted(adapter, models)

@@ -1,0 +1,124 @@
+"""`lora-diffusion inspect FILE…`"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from lora_diffusion.errors import AdapterFileError, LoraDiffusionError
+
+if TYPE_CHECKING:
+    from lora_diffusion.inspection.coverage import CoverageReport
+    from lora_diffusion.inspection.spectra import Spectrum
+
+
+def inspect(
+    files: Annotated[list[Path], typer.Argument(help="Adapter or embedding files, or PEFT folders.")],
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help="Pipeline folder: also say where every layer goes on it.")
+    ] = None,
+    header: Annotated[bool, typer.Option(help="Names, shapes and metadata alone: at once, whatever the size.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, one object a file.")] = False,
+) -> None:
+    """Say what adapter files are, that every tensor in them is used, and how strong they are block by block.
+
+    Exit code 2 if a file cannot be read, 1 if something in one is not used.
+
+    Example: `lora-diffusion inspect style.safetensors kiki.safetensors --base samples/base`
+    """
+    worst = 0
+    for file in files:
+        try:
+            found, complete = _header(file) if header else _whole(file, base)
+        except LoraDiffusionError as error:
+            _complain(file, error, as_json)
+            worst = 2
+            continue
+        _show(found, file, as_json)
+        worst = worst if complete else max(worst, 1)
+    if worst:
+        raise typer.Exit(worst)
+
+
+def _complain(file: Path, error: LoraDiffusionError, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"file": str(file), "error": str(error)}, ensure_ascii=False))
+    else:
+        print(f"lora-diffusion: {error}", file=sys.stderr)
+
+
+def _show(found: dict[str, Any], file: Path, as_json: bool) -> None:
+    shown = found.pop("shown", None)
+    if as_json:
+        print(json.dumps({"file": str(file), **found}, ensure_ascii=False))
+        return
+    if shown is None:
+        width = max(map(len, found))
+        print("\n".join([str(file), *(f"  {key:{width}}  {_plain(value)}" for key, value in found.items())]))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for part in shown:
+        console.print(part)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in cast("dict[str, object]", value).items())
+    return ", ".join(map(str, cast("list[object]", value))) if isinstance(value, list) else str(value)
+
+
+def _whole(file: Path, base: str | None) -> tuple[dict[str, Any], bool]:
+    from lora_diffusion.formats.files import load_adapter
+    from lora_diffusion.inspection.coverage import cover
+    from lora_diffusion.inspection.spectra import spectra
+
+    adapter = load_adapter(file, strict=False)
+    models = None
+    if base:
+        from lora_diffusion.families.skeletons import skeleton_of
+
+        models = skeleton_of(base)
+    report, strengths = cover(adapter, models), spectra(adapter)
+    found = json.loads(report.to_json()) | {"spectra": [vars(row) for row in strengths]}
+    return found | {"shown": _tables(report, strengths)}, report.complete
+
+
+def _tables(report: CoverageReport, strengths: list[Spectrum]) -> list[Any]:
+    from rich.table import Table
+
+    table = Table("component", "block", "‖ΔW‖", "effective rank", title="strength", title_justify="left")
+    for row in strengths:
+        table.add_row(row.component, row.block, f"{row.norm:.3g}", f"{row.effective_rank:.1f}")
+    return [report, *([table] if strengths else [])]
+
+
+def _header(file: Path) -> tuple[dict[str, Any], bool]:
+    """Without torch: what the names and the metadata say."""
+    from lora_diffusion.formats.container import read_header
+    from lora_diffusion.formats.identity import settings_of, tool_of, trigger_words
+    from lora_diffusion.formats.keys import split
+
+    header = read_header(file)
+    if not header.entries:
+        raise AdapterFileError(f"{file.name}: the file holds no tensors")
+    names = {key: split(key) for key in header.entries}
+    layers = {(name.component, name.layer) for name in names.values() if name}
+    found = {
+        "tensors": len(header.entries),
+        "bytes": max(entry.end for entry in header.entries.values()),
+        "dtypes": sorted({entry.dtype for entry in header.entries.values()}),
+        "layers": {component: sum(c == component for c, _ in layers) for component in sorted({c for c, _ in layers})},
+        "methods": sorted({name.method for name in names.values() if name and name.method != "*"}),
+        "not an adapter's": [key for key, name in names.items() if not name][:20],
+        "tool": tool_of(header.metadata),
+        "trigger words": trigger_words(header.metadata),
+        "settings": settings_of(header.metadata),
+        "metadata keys": sorted(header.metadata),
+    }
+    return found, True

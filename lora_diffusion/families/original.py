@@ -1,0 +1,104 @@
+"""An adapter's layers under the checkpoint's own names, as ComfyUI and sd-scripts want them.
+
+Where the checkpoint fuses q, k and v, so does the adapter, exactly: parts that share `down` stack their `up`,
+others become block-diagonal,
+
+    down = [D_q; D_k; D_v]      up = diag(U_q, U_k, U_v)      alpha = scale · (r_q + r_k + r_v)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapter import Adapter, LayerAdapter
+from lora_diffusion.errors import AdapterMismatchError
+from lora_diffusion.families.names import Place, places
+from lora_diffusion.families.naming import resolve
+from lora_diffusion.families.splitting import swap_halves
+from lora_diffusion.layers import out_width
+
+
+def dotted(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter under the names that Diffusers has. AdapterMismatchError where a layer finds no place."""
+    layers: dict[str, dict[str, LayerAdapter]] = {}
+    for component, of in adapter.layers.items():
+        if component not in models:
+            raise AdapterMismatchError(f"adapter {adapter.name!r}: the base has no {component}")
+        found = resolve(of, models[component])
+        if found.unmatched:
+            model = type(models[component]).__name__
+            raise AdapterMismatchError(f"adapter {adapter.name!r}: {found.unmatched[0]!r} is no layer of the {model}")
+        layers[component] = found.layers
+    return replace(adapter, layers=layers)
+
+
+def original(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter under the checkpoint's own names, in components that have such; `models` as in `dotted`."""
+    adapter = dotted(adapter, models)
+    layers = {component: _original(of, models[component]) for component, of in adapter.layers.items()}
+    return replace(adapter, layers=layers)
+
+
+def _original(layers: Mapping[str, LayerAdapter], model: nn.Module) -> dict[str, LayerAdapter]:
+    live = dict(model.named_modules())
+    table: dict[str, tuple[str, Place]] = {}
+    for name, place in places(type(model).__name__, live).items():
+        for layer in place.layers:  # the widest name of a layer is the checkpoint's
+            if layer not in table or len(place.layers) > len(table[layer][1].layers):
+                table[layer] = (name, place)
+    renamed: dict[str, LayerAdapter] = {}
+    for name, layer in layers.items():
+        if name not in table:
+            renamed[name] = layer
+        elif table[name][0] not in renamed:
+            target, place = table[name]
+            renamed[target] = _fused(target, place, layers, live)
+    return renamed
+
+
+def _fused(
+    target: str, place: Place, layers: Mapping[str, LayerAdapter], live: Mapping[str, nn.Module]
+) -> LayerAdapter:
+    parts = [layers.get(name) for name in place.layers]
+    there = [part for part in parts if part is not None]
+    if place.swapped:
+        return swap_halves(there[0], out_width(live[place.layers[0]]), target)
+    if len(parts) == 1:
+        return there[0]
+    odd = [part.method for part in there if part.method != "lora" or set(part.tensors) != {"down", "up"}]
+    if odd:
+        raise AdapterMismatchError(f"layer {target!r}: the checkpoint fuses {len(parts)} layers, not {odd[0]}")
+    down = there[0].tensors["down"]
+    if len(there) == len(parts) and all(_same_down(there[0], part) for part in there):
+        return replace(there[0], tensors={"down": down, "up": torch.cat([part.tensors["up"] for part in there])})
+    return _block_diagonal(parts, [out_width(live[name]) for name in place.layers])
+
+
+def _same_down(first: LayerAdapter, other: LayerAdapter) -> bool:
+    ours, theirs = first.tensors["down"], other.tensors["down"]
+    return first.alpha == other.alpha and ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+def _block_diagonal(parts: list[LayerAdapter | None], widths: list[int]) -> LayerAdapter:
+    there = [part for part in parts if part is not None]
+    down = torch.cat([part.tensors["down"] for part in there])
+    rank, scale = down.shape[0], _scale(there[0])
+    rows: list[Tensor] = []
+    column = 0
+    for part, width in zip(parts, widths, strict=True):
+        block = torch.zeros(width, rank, dtype=there[0].tensors["up"].dtype)
+        if part is not None:
+            up, factor = part.tensors["up"], _scale(part) / scale
+            block[:, column : column + up.shape[1]] = up if factor == 1 else up * factor
+            column += up.shape[1]
+        rows.append(block)
+    return LayerAdapter("lora", {"down": down, "up": torch.cat(rows)}, scale * rank, there[0].alpha_source)
+
+
+def _scale(layer: LayerAdapter) -> float:
+    rank = layer.tensors["down"].shape[0]
+    return 1.0 if layer.alpha is None else layer.alpha / rank

@@ -1,0 +1,219 @@
+"""What a file is, and what became of each of its tensors: used, unused and why, with a place on a model or without.
+
+report = cover(load_adapter("style.safetensors", strict=False), pipe)
+print(report)                       # a table
+report.to_json()
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from torch import nn
+
+from lora_diffusion.adapter import Adapter, LayerAdapter
+from lora_diffusion.errors import AdapterMismatchError, TargetError
+from lora_diffusion.families.naming import resolve
+from lora_diffusion.formats.identity import family_of, settings_of, tool_of, trigger_words
+from lora_diffusion.formats.provenance import named_layers
+from lora_diffusion.inspection.blocks import block_of, in_order
+from lora_diffusion.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Row:
+    """The layers of one block of one component. Alphas and ranks are counted: value -> layers that have it."""
+
+    component: str
+    block: str
+    layers: int
+    methods: dict[str, int]
+    ranks: dict[str, int]
+    alphas: dict[str, int]
+    alpha_sources: dict[str, int]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """What an adapter file is and what of it is used. Prints as a table; `to_json` for programs."""
+
+    name: str
+    spelling: str
+    tool: str
+    family: str
+    why: str
+    layers: int
+    parameters: int
+    content_hash: str
+    rows: list[Row]
+    tokens: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    trigger_words: list[str] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)  # tensor of the file -> why it is not used
+    unplaced: dict[str, str] = field(default_factory=dict)  # layer -> why it finds no place on the model
+    placed: int | None = None  # layers of the model that it changes; None where no model was asked
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor is used and, where a model was given, every layer has its place."""
+        return not self.unused and not self.unplaced
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON text, with `complete`."""
+        return json.dumps({**asdict(self), "complete": self.complete}, indent=indent, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [self._summary(), *([self._blocks()] if self.rows else [])]
+        if self.settings:
+            parts.append(_pairs("trained with", self.settings))
+        for title, found in (("not used", self.unused), ("without a place", self.unplaced)):
+            if found:
+                parts.append(_pairs(f"{title}: {len(found):,}", dict(list(found.items())[:20])))
+        return Group(*parts)
+
+    def _summary(self) -> Table:
+        placed = "" if self.placed is None else f", {self.placed:,} layers of the model"
+        tokens = [f"{token} ({', '.join(f'{c} {s}' for c, s in of.items())})" for token, of in self.tokens.items()]
+        lines = {
+            "family": f"{self.family}{f' – {self.why}' if self.why else ''}",
+            "written by": f"{self.tool}, {self.spelling} spelling",
+            "holds": f"{self.layers:,} layers, {self.parameters:,} parameters",
+            "tokens": ", ".join(tokens),
+            "trigger words": ", ".join(self.trigger_words),
+            "content": self.content_hash[:16],
+            "coverage": ("everything is used" if self.complete else "NOT everything is used") + placed,
+        }
+        return _pairs(self.name, {key: value for key, value in lines.items() if value})
+
+    def _blocks(self) -> Table:
+        table = Table("component", "block", "layers", "method", "rank", "alpha (from)", "parameters")
+        for row in self.rows:
+            alphas = f"{_counts(row.alphas)} ({_counts(row.alpha_sources)})" if row.alphas else "none"
+            cells = (row.block, f"{row.layers:,}", _counts(row.methods), _counts(row.ranks), alphas)
+            table.add_row(row.component, *cells, f"{row.parameters:,}")
+        return table
+
+
+def cover(adapter: Adapter, pipe: Any = None) -> CoverageReport:
+    """What `adapter` is, and with `pipe` (a Diffusers pipeline or component -> model) where its layers go."""
+    family = family_of(named_layers(adapter))
+    unplaced, placed = ({}, None) if pipe is None else _place(adapter, _models(pipe))
+    return CoverageReport(
+        name=adapter.name,
+        spelling=adapter.spelling or "none",
+        tool=tool_of(adapter.metadata, adapter.spelling),
+        family=family.name,
+        why=family.why,
+        layers=len(adapter),
+        parameters=adapter.parameters,
+        content_hash=adapter.content_hash,
+        rows=_rows(adapter),
+        tokens={t: {c: list(v.shape) for c, v in of.items()} for t, of in adapter.embeddings.items()},
+        trigger_words=trigger_words(adapter.metadata),
+        settings=settings_of(adapter.metadata),
+        unused=dict(adapter.unused),
+        unplaced=unplaced,
+        placed=placed,
+    )
+
+
+def _models(pipe: Any) -> Mapping[str, nn.Module]:
+    components = pipe if isinstance(pipe, dict) else pipe.components
+    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+
+
+def _place(adapter: Adapter, models: Mapping[str, nn.Module]) -> tuple[dict[str, str], int]:
+    unplaced: dict[str, str] = {}
+    placed = 0
+    for component, layers in adapter.layers.items():
+        if component not in models:
+            unplaced |= {f"{component}.{name}": f"the pipeline has no {component}" for name in layers}
+            continue
+        for name, layer in layers.items() if not _numbered(layers) else [("#", None)]:
+            share = layers if layer is None else {name: layer}
+            targets, fault = _placed(share, models[component])
+            placed += targets
+            unplaced |= {f"{component}.{name}": fault} if fault else {}
+    return unplaced, placed
+
+
+def _numbered(layers: Mapping[str, LayerAdapter]) -> bool:
+    return any(name.startswith("#") for name in layers)  # their names depend on each other
+
+
+def _placed(layers: dict[str, LayerAdapter], model: nn.Module) -> tuple[int, str | None]:
+    try:
+        found = resolve(layers, model)
+    except AdapterMismatchError as error:
+        return 0, str(error)
+    if found.unmatched:
+        return 0, f"no layer of {type(model).__name__} is called like that"
+    for target, layer in found.layers.items():
+        fault = _fault(layer, model.get_submodule(target))
+        if fault:
+            return 0, fault
+    return len(found.layers), None
+
+
+def _fault(layer: LayerAdapter, module: nn.Module) -> str | None:
+    try:
+        method = METHODS[layer.method]
+    except TargetError:
+        return f"the method {layer.method!r} cannot be put on a model"
+    odd = sorted(layer.tensors.keys() - method.tensors.keys())
+    if odd:
+        return f"{layer.method} has no use for {', '.join(odd)}"
+    if not method.supports(module):
+        return f"a {type(module).__name__} takes no {layer.method}"
+    return method.check(layer, module)
+
+
+def _rows(adapter: Adapter) -> list[Row]:
+    groups: dict[tuple[str, str], list[LayerAdapter]] = {}
+    for component, name, layer in adapter:
+        groups.setdefault((component, block_of(name)), []).append(layer)
+    order = sorted(groups, key=lambda group: (group[0], in_order(group[1])))
+    return [_row(component, block, groups[component, block]) for component, block in order]
+
+
+def _row(component: str, block: str, layers: list[LayerAdapter]) -> Row:
+    def count(values: list[str]) -> dict[str, int]:
+        return dict(Counter(values).most_common())
+
+    return Row(
+        component,
+        block,
+        len(layers),
+        count([layer.method for layer in layers]),
+        count([str(layer.tensors["down"].shape[0]) for layer in layers if "down" in layer.tensors]),
+        count([f"{layer.alpha:g}" for layer in layers if layer.alpha is not None]),
+        count([layer.alpha_source for layer in layers if layer.alpha is not None]),
+        sum(tensor.numel() for layer in layers for tensor in layer.tensors.values()),
+    )
+
+
+def _counts(counts: Mapping[str, int], limit: int = 4) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    shown = [f"{value} x{count}" for value, count in list(counts.items())[:limit]]
+    return ", ".join(shown) + (f" and {len(counts) - limit} more" if len(counts) > limit else "")
+
+
+def _pairs(title: str, pairs: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, title_style="bold")
+    for key, value in pairs.items():
+        table.add_row(key, value)
+    return table
