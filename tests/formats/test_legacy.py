@@ -10,7 +10,7 @@ import torch
 from lora_diffusion import AdapterFileError, load_adapter
 from lora_diffusion.formats.legacy import load_legacy
 
-PAIR = {f"lora_unet_mid_block_x.lora_{half}.weight": torch.ones(shape) for half, shape in (("down", (2, 8)), ("up", (8, 2)))}
+PAIR = {
     "lora_unet_mid_block_x.lora_down.weight": torch.ones(2, 8),
     "lora_unet_mid_block_x.lora_up.weight": torch.ones(8, 2),
 }
@@ -36,9 +36,8 @@ def test_a_list_is_cloneofsimos(tmp_path: Path):
 
 
 def test_textual_inversion_of_a1111_is_called_like_its_file(tmp_path: Path):
-    torch.save(
-        {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(3, 8)}, "name": "x"}, tmp_path / "cat.pt"
-    )
+    table = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(3, 8)}, "name": "x"}
+    torch.save(table, tmp_path / "cat.pt")
     assert load_legacy(tmp_path / "cat.pt").embeddings["cat"]["text_encoder"].shape == (3, 8)
 
 

@@ -1,0 +1,90 @@
+"""`inspect` and `convert` as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from lora_diffusion import AdapterFileError, load_adapter, save_adapter
+from lora_diffusion.cli.convert import convert
+from lora_diffusion.cli.inspect import inspect
+from tests import tiny
+from tests.formats import random_adapters
+
+app = typer.Typer()
+app.command()(inspect)
+app.command()(convert)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return save_adapter(random_adapters.over(tiny.sd(), "unet", "text_encoder"), tmp_path / "a.safetensors")
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_inspect_says_what_a_file_is_and_where_it_goes(file: Path, tmp_path: Path):
+    tiny.sd().save_pretrained(tmp_path / "base")
+    code, said = run("inspect", file, "--base", tmp_path / "base", "--json")
+    report = json.loads(said)
+    assert (code, report["complete"], report["placed"]) == (0, True, len(load_adapter(file)))
+    assert {row["block"] for row in report["spectra"]} >= {"mid_block", "encoder.layers.0"}
+    assert "everything is used" in run("inspect", file)[1]
+
+
+def test_inspect_goes_on_after_a_broken_file_and_ends_with_two(file: Path, tmp_path: Path):
+    (tmp_path / "b.safetensors").write_bytes(b"<html>")
+    code, said = run("inspect", tmp_path / "b.safetensors", file, "--json")
+    first, second = map(json.loads, said.splitlines())
+    assert (code, second["complete"]) == (2, True)
+    assert "web page" in first["error"]
+
+
+def test_a_file_of_which_something_is_unused_ends_with_one(file: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(file) | {"unet.stray": torch.ones(1)}, tmp_path / "b.safetensors")
+    code, said = run("inspect", tmp_path / "b.safetensors", "--json")
+    assert (code, json.loads(said)["unused"].keys()) == (1, {"unet.stray"})
+
+
+def test_a_header_is_shown_without_torch(file: Path):
+    program = (
+        "import sys; from lora_diffusion.cli.inspect import inspect; from pathlib import Path;"
+        f"inspect([Path({str(file)!r})], None, True, True); assert 'torch' not in sys.modules"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert json.loads(said)["methods"] == ["lora"]
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "comfy"])
+def test_convert_there_and_back_is_the_same_adapter(file: Path, spelling: str, tmp_path: Path):
+    pipe = tiny.sd()
+    pipe.save_pretrained(tmp_path / "base")
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    code, _ = run("convert", file, there, "--to", spelling, "--base", tmp_path / "base")
+    assert code == 0
+    assert load_adapter(there).spelling == spelling
+    run("convert", there, back, "--to", "diffusers", "--base", tmp_path / "base", "--json")
+    assert load_adapter(back) == load_adapter(file)
+    with pytest.raises(AdapterFileError, match="exists already"):
+        run("convert", there, back, "--to", "diffusers", "--base", tmp_path / "base")
+
+
+def test_convert_reads_a_pickle_and_says_so(tmp_path: Path):
+    torch.save({"<cat>": torch.ones(8)}, tmp_path / "a.bin")
+    code, said = run("convert", tmp_path / "a.bin", tmp_path / "a.safetensors", "--to", "embedding")
+    assert (code, "pickle" in said) == (0, True)
+    assert load_adapter(tmp_path / "a.safetensors").embeddings["<cat>"]["text_encoder"].shape == (1, 8)
