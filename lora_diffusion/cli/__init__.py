@@ -11,6 +11,7 @@ from lora_diffusion.cli.convert import convert
 from lora_diffusion.cli.generate import generate
 from lora_diffusion.cli.grid import grid
 from lora_diffusion.cli.inspect import inspect
+from lora_diffusion.cli.methods import methods
 from lora_diffusion.cli.quickstart import quickstart
 from lora_diffusion.cli.train import train
 from lora_diffusion.errors import LoraDiffusionError
@@ -46,7 +47,7 @@ def run(*commands: Callable[..., None]) -> None:
 
 def main() -> None:
     """Entry point of `lora-diffusion`."""
-    run(quickstart, train, generate, grid, inspect, convert)
+    run(quickstart, train, generate, grid, inspect, convert, methods)
 
 
 if __name__ == "__main__":
