@@ -42,7 +42,7 @@ def parse_factors(text: str) -> list[Any]:
     factors = [parse_weight(part.strip()) for part in text.split(";" if "@" in text else ",")]
     if any(isinstance(factor, dict) for factor in factors):
         raise ConfigError(f"weights {text!r}: expected numbers or schedules, such as 0,0.5,1 or 0;0@0,1@0.5")
-    return [int(factor) if isinstance(factor, float) and factor == int(factor) else factor for factor in factors]
+    return [int(factor) if isinstance(factor, float) and factor.is_integer() else factor for factor in factors]
 
 
 def grid_order(choices: Choices, columns: str, rows: str) -> Order:

@@ -224,17 +224,17 @@ class AdapterStack:
     def _repack(self, sites: Mapping[Site, Any]) -> None:
         for component, layer_name in sites:
             layer = self.components[component].get_submodule(layer_name)
-            pairs = [METHODS[s.method].pair(name, s) for name, s in self._on((component, layer_name))]
+            parts = [METHODS[s.method].part(name, s, layer) for name, s in self._on((component, layer_name))]
             slot, reserve = slot_of(layer), self._reserved.get((component, layer_name), 0)
             if slot is not None:
                 slot.reserve = reserve
-            if not pairs and not reserve:
+            if not parts and not reserve:
                 if slot is not None:
                     take_off(layer)
             elif slot is None:
-                place(layer, Slot(layer, pairs, reserve=reserve))
+                place(layer, Slot(layer, parts, reserve=reserve))
             else:
-                slot.pack(layer, pairs)
+                slot.pack(layer, parts)
         self._rebind({component for component, _ in sites})
 
     def _rebind(self, components: set[str]) -> None:

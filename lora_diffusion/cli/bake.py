@@ -12,7 +12,7 @@ from lora_diffusion.cli.options import Base, Merging, parse_adapter
 
 def bake(
     adapters: Merging,
-    base: Base = "samples/base",
+    base: Base = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="New Diffusers folder to write.")] = Path("baked"),
     precision: Annotated[
         Literal["fp32", "bf16", "fp16", "nf4"] | None, typer.Option(help="Of the denoiser (default: the base's own).")
@@ -27,7 +27,8 @@ def bake(
 
     from lora_diffusion.cli.progress import console
     from lora_diffusion.merging import bake as bake_into
+    from lora_diffusion.quickstart import find_samples
 
-    baked = bake_into(base, weighted, out, precision=precision, force=force)
+    baked = bake_into(base or find_samples(None) / "base", weighted, out, precision=precision, force=force)
     survives = f", {baked.kept:.2f} of the delta survives" if baked.precision == "nf4" else ""
     console.print(f"{baked.folder}: {baked.precision}{survives}", highlight=False)
