@@ -184,4 +184,4 @@ def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
 
 def _update(digest: Digest, key: str, tensor: Tensor) -> None:
     digest.update(f"{key}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -10,13 +10,16 @@ attachment.detach()
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
-from lora_diffusion.errors import AdapterMismatchError, TargetError, some
+from lora_diffusion.branches import Branch
+from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, some
 from lora_diffusion.lora import Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, Method
 from lora_diffusion.methods.lora import LoRA
@@ -28,20 +31,37 @@ NAME = "training"  # what a slot calls the adapter that is being trained
 class Attachment:
     """Trainable slots on one model. Everything else of the model is frozen until `detach`."""
 
-    def __init__(self, model: nn.Module, component: str, slots: dict[str, Slot], alphas: dict[str, float]) -> None:
+    def __init__(
+        self, model: nn.Module, component: str, slots: dict[str, Slot], fresh: dict[str, LayerAdapter]
+    ) -> None:
         self.model, self.component, self.slots = model, component, slots
-        self._alphas = alphas
+        self._fresh = fresh  # what the slots were made of: method, alpha, shapes
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
-        """All `down` and `up`, float32, in the model's order."""
-        return [p for slot in self.slots.values() for p in (slot.down, slot.up)]
+        """All that is trained, float32, in the model's order: `down` and `up`, or what the method names its own."""
+        return [parameter for _, parameter in self.named_parameters()]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """("<layer>.down" or "<layer>.up", parameter)."""
+        """("<layer>.down", parameter) and so on, by the method's tensor names."""
         for name, slot in self.slots.items():
-            yield f"{name}.down", slot.down
-            yield f"{name}.up", slot.up
+            for key, parameter in _held(slot).items():
+                if parameter.requires_grad:
+                    yield f"{name}.{key}", parameter
+
+    def groups(self, lr: float, up_ratio: float = 1.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser; LoRA+ gives `up` a higher rate, `up_ratio` · lr, such as 16.
+
+        Hayou et al. 2024, arXiv 2402.12354. "ratio" in each group is the factor that its rate has.
+        """
+        ups = [p for name, p in self.named_parameters() if name.endswith(".up")]
+        others = [p for name, p in self.named_parameters() if not name.endswith(".up")]
+        if up_ratio == 1.0 or not ups:
+            return [{"params": self.parameters(), "lr": lr, "ratio": 1.0}]
+        return [
+            {"params": others, "lr": lr, "ratio": 1.0},
+            {"params": ups, "lr": lr * up_ratio, "ratio": up_ratio},
+        ]
 
     def weigh(self, weight: float) -> None:
         """Turn what is being trained to another strength; 0 makes the model its own frozen teacher."""
@@ -50,7 +70,7 @@ class Attachment:
 
     def adapter(self, name: str, *, dtype: torch.dtype = torch.float32) -> Adapter:
         """A copy of the trained tensors in the neutral form."""
-        layers = {layer: _layer_adapter(slot, self._alphas[layer], dtype) for layer, slot in self.slots.items()}
+        layers = {layer: _layer_adapter(slot, self._fresh[layer], dtype) for layer, slot in self.slots.items()}
         return Adapter(name, {self.component: layers})
 
     def load(self, adapter: Adapter) -> None:
@@ -63,9 +83,7 @@ class Attachment:
             )
         with torch.no_grad():
             for name, slot in self.slots.items():
-                tensors = theirs[name].tensors
-                slot.down.copy_(tensors["down"].reshape(slot.down.shape))
-                slot.up.copy_(tensors["up"].flatten(1).t())
+                _copy(slot, theirs[name], self._fresh[name], f"adapter {adapter.name!r}: {self.component} {name}")
 
     def detach(self) -> None:
         """Take every slot off; module tree, hooks and `requires_grad` flags are as before `attach`."""
@@ -110,8 +128,11 @@ def attach(
     if unfit := [name for name, layer in layers.items() if not method.supports(layer)]:
         raise TargetError(f"method {method.name!r} is not defined on {some(unfit)} of {type(model).__name__}")
     fresh = {name: method.fresh(layer, generator) for name, layer in layers.items()}
-    slots = {name: Slot(layers[name], [method.pair(NAME, new)], trainable=True) for name, new in fresh.items()}
-    attachment = Attachment(model, component, slots, {name: new.alpha or 0.0 for name, new in fresh.items()})
+    parts = {name: method.part(NAME, new, layers[name]) for name, new in fresh.items()}
+    if dropout and any(isinstance(part, Branch) for part in parts.values()):
+        raise ConfigError(f"method {method.name!r}: dropout is {dropout}, but it has no rank axis to drop from")
+    slots = {name: Slot(layers[name], [part], trainable=True) for name, part in parts.items()}
+    attachment = Attachment(model, component, slots, fresh)
     model.requires_grad_(False)
     for name, slot in slots.items():
         slot.dropout = dropout
@@ -139,11 +160,30 @@ def _fault(adapter: LayerAdapter, layer: nn.Module) -> str | None:
     return method.check(adapter, layer)
 
 
-def _layer_adapter(slot: Slot, alpha: float, dtype: torch.dtype) -> LayerAdapter:
-    down, up = slot.down.detach(), slot.up.detach().t()
-    if slot.convolution is not None:
-        up = up[:, :, None, None]
-    tensors: dict[str, Tensor] = {"down": down, "up": up}
-    return LayerAdapter(
-        "lora", {k: t.to("cpu", dtype, copy=True).contiguous() for k, t in tensors.items()}, alpha, "tensor"
-    )
+def _held(slot: Slot) -> dict[str, nn.Parameter]:
+    """The tensors of a slot with one part in it, by the method's names; `up` lies as the slot packs it."""
+    if slot.pairs:
+        return {"down": slot.down, "up": slot.up}
+    (branch,) = slot.branches
+    assert isinstance(branch, Branch)
+    return dict(branch.held.items())
+
+
+def _copy(slot: Slot, adapter: LayerAdapter, fresh: LayerAdapter, who: str) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in fresh.tensors.items()}
+    if shapes != {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}:
+        found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in adapter.tensors.items())
+        raise AdapterMismatchError(f"{who}: found {adapter.method} with {found}; expected {fresh.method} with {shapes}")
+    for key, parameter in _held(slot).items():
+        tensor = adapter.tensors[key]
+        packed = tensor.flatten(1).t() if slot.pairs and key == "up" else tensor
+        parameter.copy_(packed.reshape(parameter.shape))
+
+
+def _layer_adapter(slot: Slot, fresh: LayerAdapter, dtype: torch.dtype) -> LayerAdapter:
+    tensors: dict[str, Tensor] = {}
+    for key, parameter in _held(slot).items():
+        tensor = parameter.detach().t() if slot.pairs and key == "up" else parameter.detach()
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        tensors[key] = tensor.reshape(fresh.tensors[key].shape).to("cpu", kind, copy=True).contiguous()
+    return replace(fresh, tensors=tensors)

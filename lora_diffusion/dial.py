@@ -52,11 +52,11 @@ class Dial:
         owner: list[int] = []
         for layer, slot in slots.items():
             first = len(self.entries)
-            self.entries += [Entry(name, layer, rank, scale) for name, rank, scale in slot.pairs]
+            self.entries += [Entry(name, layer, rank, scale) for name, rank, scale in slot.entries]
             self._by_layer[layer] = list(range(first, len(self.entries)))
-            ranks = [rank for _, rank, _ in slot.pairs]
+            ranks = [rank for _, rank, _ in slot.entries]
             owner += [first + i for i, rank in enumerate(ranks) for _ in range(rank)]
-            owner += [-1] * (len(slot.down) - sum(ranks))  # rows in reserve belong to the last number, which is 0
+            owner += [-1] * (slot.rows - sum(ranks))  # rows in reserve belong to the last number, which is 0
         self._numbers = [0.0] * (len(self.entries) + 1)
         self._owner = torch.tensor(owner, dtype=torch.long)
         self._scales = torch.tensor([*(entry.scale for entry in self.entries), 0.0])[self._owner]
@@ -83,8 +83,8 @@ class Dial:
         self._gains = torch.zeros(len(self._owner), device=device)
         start = 0
         for slot in self.slots.values():
-            slot.gate = self._gains[start : start + len(slot.down)]
-            start += len(slot.down)
+            slot.gate = self._gains[start : start + slot.rows]
+            start += slot.rows
 
     def write(self) -> None:
         """All gates at once, in place: no graph sees a new tensor."""
@@ -121,7 +121,7 @@ class Dial:
             gates = [entry_gate(e.level, self.call, layer, batch, shape) * e.scale for e in entries]
             size = torch.broadcast_shapes(*(gate.shape for gate in gates))
             columns = [g.expand(*size[:2], e.rank) for g, e in zip(gates, entries, strict=True)]
-            spare = torch.zeros(*size[:2], len(slot.down) - sum(e.rank for e in entries))
+            spare = torch.zeros(*size[:2], slot.rows - sum(e.rank for e in entries))
             return torch.cat([*columns, spare], dim=-1).to(slot.down.device)
 
         return build

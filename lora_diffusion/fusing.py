@@ -32,10 +32,12 @@ class Fusion:
 def fuse(layers: Mapping[str, tuple[nn.Module, Slot]]) -> Fusion:
     """Merge each slot into its layer's weight (name -> layer, slot) and put it to sleep.
 
-    ConfigError, and nothing changed, where a weight is not stored as floating-point numbers.
+    ConfigError, and nothing changed, where a weight is not stored as floating-point numbers, and for branches.
     """
     awake = {name: pair for name, pair in layers.items() if not pair[1].idle}
-    for name, (layer, _) in awake.items():
+    for name, (layer, slot) in awake.items():
+        if slot.branches:
+            raise ConfigError(f"fuse: {name} carries an adapter that is no low-rank pair; use it unfused")
         weight = frozen_weight(layer)
         if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta:
             raise ConfigError(f"fuse: {name} ({type(layer).__name__}) is quantised or offloaded; use it unfused")

@@ -14,6 +14,9 @@ All that can be turned while a pipeline runs is a value of g. One sum, two exact
     branch            out + ((x downᵀ) · g) up            few tokens, 4-bit weights, training, gates per token
     transient merge   x (W + upᵀ diag(g) down)ᵀ           many tokens: T · (in + out) > in · out
 
+What is no low-rank pair (DoRA, LoHa, OFT, …) is a branch of its own in the same slot, with its own number in g:
+see `branches.py`.
+
 A `Slot` is a child module `adapters` of the frozen layer plus two hooks on it. The layer keeps its class,
 its weights and whatever else patches its `forward`; taking the slot off leaves no trace.
 """
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape, out_width
 
 SLOT = "adapters"  # name of the child module on a frozen layer
@@ -50,14 +54,17 @@ class Pair:
         return self.down.shape[0]
 
 
+Part = Pair | Branch
+
+
 class Slot(nn.Module):
-    """What sits on one frozen layer: the packed pairs of every adapter on it, and their gate."""
+    """What sits on one frozen layer: the packed pairs of every adapter on it, the branches, and their gate."""
 
     down: nn.Parameter  # (R, in[, kh, kw])
     up: nn.Parameter  # (R, out)
     gate: Tensor  # float32: (R,), (batch, 1, R) or (batch, tokens, R)
 
-    def __init__(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False, reserve: int = 0) -> None:
+    def __init__(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False, reserve: int = 0) -> None:
         super().__init__()
         self.convolution = convolution_arguments(layer)
         self.dropout = 0.0  # probability, on the rank axis, while training
@@ -65,42 +72,50 @@ class Slot(nn.Module):
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
         self.live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
         self.reserve = reserve  # rows held at least, so that swapping within them changes no shape
-        self.pack(layer, pairs, trainable=trainable)
+        self.pack(layer, parts, trainable=trainable)
 
-    def pack(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False) -> None:
-        """Hold these pairs and no others, each at weight 1; trainable ones in float32.
+    def pack(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False) -> None:
+        """Hold these parts and no others, each at weight 1; trainable ones in float32.
 
         Rows beyond theirs, up to `reserve`, are zero. Tensors of the right shape are written in place.
         """
         dtype = torch.float32 if trainable else compute_dtype(layer)
         weight = frozen_weight(layer)
         device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
+        pairs = [part for part in parts if isinstance(part, Pair)]
         rows = max(sum(pair.rank for pair in pairs), self.reserve)
-        down = self._held("down", (rows, *kernel_shape(layer)), dtype, device)
-        up = self._held("up", (rows, out_width(layer)), dtype, device)
+        kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # of a norm's slot: no rows
+        down = self._held("down", (rows, *kernel), dtype, device)
+        up = self._held("up", (rows, width), dtype, device)
         start = 0
         for pair in pairs:
-            down[start : start + pair.rank] = pair.down.reshape(pair.rank, *kernel_shape(layer))
+            down[start : start + pair.rank] = pair.down.reshape(pair.rank, *kernel)
             up[start : start + pair.rank] = pair.up.reshape(-1, pair.rank).t()
             start += pair.rank
         down[start:], up[start:] = 0, 0
         if "down" not in self._parameters or down.data_ptr() != self.down.data_ptr():
-            self.down = nn.Parameter(down, requires_grad=trainable)
-            self.up = nn.Parameter(up, requires_grad=trainable)
+            self.down = nn.Parameter(down, requires_grad=trainable and rows > 0)
+            self.up = nn.Parameter(up, requires_grad=trainable and rows > 0)
         self.pairs = tuple((pair.name, pair.rank, pair.scale) for pair in pairs)
+        branches = [part for part in parts if isinstance(part, Branch)]
+        self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
+        self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
+        self.rows = rows + len(branches)
         self.weigh({})
 
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Set the gate from one number an adapter (1 where none is given)."""
-        self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.pairs)
-        rows = [w * scale for w, (_, rank, scale) in zip(self.weights, self.pairs, strict=True) for _ in range(rank)]
-        rows += [0.0] * (len(self.down) - len(rows))
+        self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.entries)
+        rows = [w * scale for w, (_, rank, scale) in zip(self.weights, self.entries, strict=True) for _ in range(rank)]
+        rows += [0.0] * (self.rows - len(rows))
         self.register_buffer("gate", torch.tensor(rows, device=self.down.device), persistent=False)
         self.idle = not any(rows)  # then the layer is left alone, bit for bit
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """`out` (the frozen layer's output for `x`) with all adapters added."""
-        gate = self.gate if self.live is None else self._by_place(out)
+        """`out` (the frozen layer's output for `x`) with all pairs added."""
+        gate, first = self._gate(out), sum(rank for _, rank, _ in self.pairs)
+        if self.branches:
+            gate = torch.cat([gate[..., :first], gate[..., first + len(self.branches) :]], dim=-1)
         if self.training and self.dropout:
             gate = gate * self._keep(x) / (1 - self.dropout)
         if self.convolution is not None:
@@ -129,17 +144,37 @@ class Slot(nn.Module):
             return out
         if out is None or (not torch.compiler.is_compiling() and self.idle):  # compiled code adds zero instead
             return out
-        return self(_input(args, kwargs), out)
+        x = _input(args, kwargs)
+        if self.branches:  # first: they need the base output, to which pairs may be added in place
+            out = add_branches(self._turned(out), layer, x, out)
+        return self(x, out) if len(self.down) else out
 
     def extra_repr(self) -> str:
         """`'style' rank 16 at 0.8, …`"""
-        rows = zip(self.pairs, self.weights, strict=True)
-        return ", ".join(f"{name!r} rank {rank} at {weight:g}" for (name, rank, _), weight in rows)
+        kinds = [*(f"rank {rank}" for _, rank, _ in self.pairs), *(type(b).__name__ for b in self.branches)]
+        rows = zip(self.entries, kinds, self.weights, strict=True)
+        return ", ".join(f"{name!r} {kind} at {weight:g}" for (name, _, _), kind, weight in rows)
 
     def _held(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         held = self._parameters.get(name)
         fits = held is not None and self.reserve and (held.shape, held.dtype, held.device) == (shape, dtype, device)
         return held.data if fits and held is not None else torch.empty(shape, dtype=dtype, device=device)
+
+    def _turned(self, out: Tensor) -> list[tuple[Branch, Tensor]]:
+        """Every branch that is on, with its number in the gate, shaped to multiply its output."""
+        gate, first = self._gate(out), len(self.pairs)
+        column = sum(rank for _, rank, _ in self.pairs)
+        on: list[tuple[Branch, Tensor]] = []
+        for i, branch in enumerate(self.branches):
+            assert isinstance(branch, Branch)
+            if self.weights[first + i] or torch.compiler.is_compiling():
+                gain = gate[..., column + i : column + i + 1].to(out.device)
+                flat = self.convolution is None or gain.dim() == 1
+                on.append((branch, gain if flat else _over_pixels(gain, out)))
+        return on
+
+    def _gate(self, out: Tensor) -> Tensor:
+        return self.gate if self.live is None else self._by_place(out)
 
     def _by_place(self, out: Tensor) -> Tensor:
         assert self.live is not None
@@ -157,6 +192,8 @@ class Slot(nn.Module):
         weight = layer._parameters.get("weight")
         if torch.is_grad_enabled() or self.gate.dim() > 1 or weight is None:
             return False
+        if self.branches:
+            return False  # they need the base output
         if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
             return False  # 4-bit, offloaded or tied up otherwise
         if weight.dtype == torch.float16 and weight.device.type == "cpu":
@@ -204,10 +241,13 @@ def _add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) 
 
 def _add_convolution(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor, how: dict[str, Any]) -> Tensor:
     hidden = F.conv2d(x, down.to(x), **how)  # (batch, R, height, width)
-    columns = gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device)
-    columns = columns.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
-    columns = columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, hidden.shape[-2:])
+    columns = _over_pixels(gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device), hidden)
     return out + F.conv2d(_gated(hidden, columns), up.to(x).t()[:, :, None, None]).to(out.dtype)
+
+
+def _over_pixels(gate: Tensor, image: Tensor) -> Tensor:
+    columns = gate.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
+    return columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, image.shape[-2:])
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
 from lora_diffusion.attachment import check_layers
@@ -26,7 +26,6 @@ from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError
 from lora_diffusion.families.naming import resolve
 from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Resolved, Weight, resolve_weight
-from lora_diffusion.layers import is_convolution, is_linear
 from lora_diffusion.lora import Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS
 from lora_diffusion.resident import Residents
@@ -222,29 +221,29 @@ class AdapterStack:
 
     @cached_property
     def _layers(self) -> dict[str, list[str]]:
-        """Names of all layers that can be adapted, by component."""
+        """Names of all layers that have a weight (some methods adapt norms too), by component."""
         return {
-            component: [name for name, layer in model.named_modules() if is_linear(layer) or is_convolution(layer)]
+            component: [n for n, layer in model.named_modules() if isinstance(getattr(layer, "weight", None), Tensor)]
             for component, model in self.components.items()
         }
 
     def _repack(self, sites: Mapping[Site, Any]) -> None:
         for component, layer_name in sites:
             layer = self.components[component].get_submodule(layer_name)
-            pairs = [METHODS[s.method].pair(name, s) for name, s in self._on((component, layer_name))]
+            parts = [METHODS[s.method].part(name, s, layer) for name, s in self._on((component, layer_name))]
             slot, reserve = slot_of(layer), self._reserved.get((component, layer_name), 0)
             if slot is not None and hasattr(slot, "_hf_hook"):  # accelerate would bring the rows it knows back
                 take_off(layer)
                 slot = None
             elif slot is not None:
                 slot.reserve = reserve
-            if not pairs and not reserve:
+            if not parts and not reserve:
                 if slot is not None:
                     take_off(layer)
             elif slot is None:
-                place(layer, Slot(layer, pairs, reserve=reserve))
+                place(layer, Slot(layer, parts, reserve=reserve))
             else:
-                slot.pack(layer, pairs)
+                slot.pack(layer, parts)
         self._rebind({component for component, _ in sites})
 
     def _rebind(self, components: set[str]) -> None:

@@ -24,7 +24,7 @@ WRITTEN = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "t
 LEVELS = (
     ("errors",),
     ("registry", "layers"),
-    ("adapter",),
+    ("adapter", "branches"),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
     ("attachment", "pipelines", "clock", "tokens", "fusing", "library", "resident"),

@@ -15,6 +15,7 @@ from lora_diffusion.cli.generate import generate
 from lora_diffusion.cli.grid import grid
 from lora_diffusion.cli.inspect import inspect
 from lora_diffusion.cli.merge import merge
+from lora_diffusion.cli.methods import methods
 from lora_diffusion.cli.quickstart import quickstart
 from lora_diffusion.cli.resize import resize
 from lora_diffusion.cli.train import train
@@ -51,7 +52,7 @@ def run(*commands: Callable[..., None]) -> None:
 
 def main() -> None:
     """Entry point of `lora-diffusion`."""
-    run(quickstart, train, generate, grid, merge, resize, extract, bake, conflicts, inspect, convert)
+    run(quickstart, train, generate, grid, merge, resize, extract, bake, conflicts, inspect, convert, methods)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def generate(
     """
     if bool(prompts) == bool(remake):
         raise ConfigError("generate: give prompts or --from PICTURE, one of the two")
-    weighted, pixels = [parse_adapter(text) for text in adapter or []], parse_size(size)
+    weighted = [parse_adapter(text) for text in adapter or []]
+    pixels = parse_size(size)
     total = len(prompts or [""]) * count
     files = [out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(total)]
     for file in files if prompts else [out]:
@@ -81,7 +82,8 @@ def generate(
         found = {name: shelf.find(name) for name in tags}
         order = Order(texts, [seed + i for i in range(total)], tags)
         how = Drawing(steps, guidance, pixels, negative)
-        made = _drawn(order, how, weighted, found, (base or str(find_samples(None) / "base"), quantize, device))
+        model = base or str(find_samples(None) / "base"), quantize, device
+        made = _drawn(order, how, weighted, found, model)
     for (picture, said), file in zip(made, files, strict=True):
         save_picture(picture, file, said)
     say("\n".join(map(str, files)))

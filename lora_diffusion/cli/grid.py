@@ -49,7 +49,8 @@ def grid(
 
     Example: `lora-diffusion grid "red apple" -a ink.safetensors -a kiki.safetensors --columns adapter --rows seed`
     """
-    weighted, pixels = [parse_adapter(text) for text in adapter or []], parse_size(size)
+    weighted = [parse_adapter(text) for text in adapter or []]
+    pixels = parse_size(size)
     refuse_existing(out, overwrite)
 
     from lora_diffusion.axes import Choices, grid_order, parse_factors

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.methods import METHODS
+from lora_diffusion.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def factors_of(layer: LayerAdapter, where: str) -> Factors:
     """A layer's factors in float64. ConfigError for a method that is no low-rank pair."""
     if layer.method != "lora":
         raise ConfigError(f"{where}: its method is {layer.method!r}; merging works on 'lora' pairs")
-    pair = METHODS["lora"].pair("", layer)
+    pair = LoRA.pair("", layer)
     up = pair.up.double().reshape(-1, pair.rank) * pair.scale
     return Factors(up, pair.down.double().flatten(1), tuple(pair.down.shape[2:]))
 

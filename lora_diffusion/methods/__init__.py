@@ -8,13 +8,15 @@ no pipeline.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from dataclasses import fields
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
-from lora_diffusion.lora import Pair
+from lora_diffusion.errors import ConfigError, some
+from lora_diffusion.lora import Part
 from lora_diffusion.registry import Registry
 
 
@@ -44,14 +46,42 @@ class Method(Protocol):
         ...
 
     @classmethod
-    def pair(cls, name: str, adapter: LayerAdapter) -> Pair:
-        """The low-rank pair to pack into a slot under an adapter's name."""
+    def part(cls, name: str, adapter: LayerAdapter, layer: nn.Module) -> Part:
+        """What goes into the layer's slot under an adapter's name: a low-rank pair or a branch. Copies nothing."""
         ...
 
     @classmethod
     def delta(cls, adapter: LayerAdapter, layer: nn.Module) -> Tensor:
-        """The dense change of `layer`'s weight at weight 1, float32, in the weight's shape."""
+        """The dense change of `layer`'s weight at weight 1, float32, in the weight's shape. May depend on W."""
         ...
 
 
-METHODS: Registry[type[Method]] = Registry("methods", {"lora": "lora_diffusion.methods.lora:LoRA"})
+METHODS: Registry[type[Method]] = Registry(
+    "methods",
+    {
+        "lora": "lora_diffusion.methods.lora:LoRA",
+        "dora": "lora_diffusion.methods.dora:DoRA",
+        "locon": "lora_diffusion.methods.locon:LoCon",
+        "loha": "lora_diffusion.methods.loha:LoHa",
+        "lokr": "lora_diffusion.methods.lokr:LoKr",
+        "ia3": "lora_diffusion.methods.ia3:IA3",
+        "glora": "lora_diffusion.methods.glora:GLoRA",
+        "oft": "lora_diffusion.methods.oft:OFT",
+        "full": "lora_diffusion.methods.full:Full",
+        "norm": "lora_diffusion.methods.norm:Norm",
+    },
+)
+
+
+def new_method(name: str, **settings: object) -> Method:
+    """The method `name` with those of the settings that it has: (IA)³ has no rank.
+
+    ConfigError for one that is switched on (True) and that the method does not know, such as `rslora` for OFT.
+    """
+    method = METHODS[name]
+    known = {field.name for field in fields(cast("Any", method))}
+    if senseless := [key for key, value in settings.items() if value is True and key not in known]:
+        raise ConfigError(
+            f"method {name!r} has no setting {some(senseless)}; it has {some(sorted(known), 9) or 'none'}"
+        )
+    return method(**{key: value for key, value in settings.items() if key in known})

@@ -53,15 +53,20 @@ class AdapterConfig(_Section):
     """What is trained."""
 
     method: str = "lora"
+    """What `lora-diffusion methods` lists."""
     rank: int = Field(16, ge=1)
+    """Of methods that have one; OFT's largest block."""
     alpha: float | None = None
-    """None: the rank, so that the scale is 1."""
+    """None: the rank, so that the scale is 1. (OFT: the bound of the rotation, None is none.)"""
+    rslora: bool = False
+    """rsLoRA: the scale is alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
     targets: str | list[str] = "attention"
     """Preset ("attention", "attention-qv", "attention+ff", "all-linear", "…+conv"), glob, or a list."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the rank axis."""
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    format: str = "diffusers"
+    format: str | None = None
+    """None: diffusers where it can say the method (LoRA, DoRA), else kohya."""
 
 
 class BackboneConfig(_Section):
@@ -82,6 +87,8 @@ class LoopConfig(_Section):
     accumulate: int = Field(1, ge=1)
     """Batches added up for one optimiser step."""
     lr: float = Field(1e-4, gt=0)
+    up_ratio: float = Field(1.0, gt=0)
+    """LoRA+ (arXiv 2402.12354): the learning rate of `up` over that of `down`, such as 16."""
     warmup: int = Field(20, ge=0)
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"

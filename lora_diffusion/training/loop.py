@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.attachment import Attachment, attach
-from lora_diffusion.errors import LoraDiffusionError, some
+from lora_diffusion.errors import AdapterFileError, LoraDiffusionError, some
 from lora_diffusion.families import Family, family_of
+from lora_diffusion.formats import FORMATS
 from lora_diffusion.formats.files import save_adapter
-from lora_diffusion.methods import METHODS
+from lora_diffusion.methods import new_method
 from lora_diffusion.pipelines import DTYPES, Opened, load_pipeline
 from lora_diffusion.quantize import QuantizationReport, fingerprint
 from lora_diffusion.training.batches import Batch, Batches, generator_for
@@ -109,9 +110,9 @@ class Run:
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
         self.attachment = self._attach()
-        self.optimizer = torch.optim.AdamW(
-            self.attachment.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay
-        )
+        self.format = _format_for(self.attachment, config.adapter.format)
+        groups = self.attachment.groups(config.train.lr, config.train.up_ratio)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.train.lr, weight_decay=config.train.weight_decay)
         self.step, self.losses = 0, list[float]()
         self.checkpoints = config.output / "checkpoints"
         self._resume()
@@ -131,7 +132,7 @@ class Run:
 
     def _attach(self) -> Attachment:
         settings = self.config.adapter
-        method = METHODS[settings.method](rank=settings.rank, alpha=settings.alpha)  # pyright: ignore[reportCallIssue]
+        method = new_method(settings.method, rank=settings.rank, alpha=settings.alpha, rslora=settings.rslora)
         seed = generator_for(self.config.train.seed, "init")
         targets = settings.targets
         attachment = attach(
@@ -144,7 +145,8 @@ class Run:
     def _one_step(self) -> float:
         settings, ranks = self.config.train, self.processes.count
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(self.step, settings.steps, settings.warmup, settings.schedule)
+            rate = _rate(self.step, settings.steps, settings.warmup, settings.schedule)
+            group["lr"] = settings.lr * group["ratio"] * rate
         self.optimizer.zero_grad(set_to_none=True)
         total, names = 0.0, list[str]()
         for part in range(settings.accumulate):
@@ -228,7 +230,7 @@ class Run:
         path = self.config.output / f"{self.config.name}.safetensors"
         if self.processes.index == 0:
             said = self._metadata(base, trained)
-            save_adapter(adapter, path, format=settings.format, overwrite=True, metadata=said)
+            save_adapter(adapter, path, format=self.format, overwrite=True, metadata=said)
         self.processes.wait()
         return TrainResult(
             path, self.step, seconds, self.losses, base, trained, unchanged, parameters, self.opened.report
@@ -262,6 +264,20 @@ class Run:
         good = f"{kept[-1].name} is the last good state" if kept else "nothing was saved yet"
         at = f"step {self.step + 1} (pictures {some(names)})"
         return f"{at}: loss {loss}, gradient norm {norm}; {good}; try a lower train.lr"
+
+
+def _format_for(attachment: Attachment, wanted: str | None) -> str:
+    """The format to save in, tried before the first step is made: AdapterFileError if none can say the method."""
+    adapter = attachment.adapter("trial")
+    *others, last = [wanted] if wanted else ["diffusers", "kohya"]
+    for name in others:
+        try:
+            FORMATS[name].dump(adapter)
+        except AdapterFileError:
+            continue
+        return name
+    FORMATS[last].dump(adapter)
+    return last
 
 
 def _rate(step: int, steps: int, warmup: int, schedule: str) -> float:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_diffusion.lora import Slot, place
-from lora_diffusion.methods import METHODS, Method
+from lora_diffusion import LayerAdapter, load_adapter, save_adapter
+from lora_diffusion.attachment import attach
+from lora_diffusion.lora import Slot, place, take_off
+from lora_diffusion.methods import METHODS, Method, new_method
 from lora_diffusion.quantize import quantize
 
-LAYERS = {"linear": lambda: nn.Linear(16, 24), "conv": lambda: nn.Conv2d(8, 12, 3, padding=1)}
-INPUTS = {"linear": (2, 5, 16), "conv": (2, 8, 6, 6)}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(16, 24),
+    "conv": lambda: nn.Conv2d(8, 12, 3, padding=1, stride=2),
+    "norm": lambda: nn.LayerNorm(16),
+}
+INPUTS = {"linear": (2, 5, 16), "conv": (2, 8, 6, 6), "norm": (2, 5, 16)}
+#: a layer of each kind that is one output wider
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(16, 25),
+    "conv": lambda: nn.Conv2d(8, 13, 3),
+    "norm": lambda: nn.LayerNorm(17),
+}
 
 
 @pytest.fixture(params=list(METHODS))
@@ -19,50 +35,165 @@ def method(request: pytest.FixtureRequest) -> type[Method]:
     return METHODS[request.param]
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_fresh_changes_nothing(method: type[Method], kind: str) -> None:
-    layer = LAYERS[kind]()
-    if not method.supports(layer):
-        pytest.skip(f"{method.name} is not defined on {kind} layers")
-    fresh = method().fresh(layer)
-    assert not method.delta(fresh, layer).any()
-    assert method.check(fresh, layer) is None
-    assert (
-        {name for name, required in method.tensors.items() if required} <= fresh.tensors.keys() <= method.tensors.keys()
-    )
-    x = torch.randn(INPUTS[kind])
-    before = layer(x)
-    place(layer, Slot(layer, [method.pair("new", fresh)], trainable=True))
-    assert torch.equal(layer(x), before)
+def kinds_of(method: type[Method]) -> list[str]:
+    return [kind for kind, make in LAYERS.items() if method.supports(make())]
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_forward_equals_the_dense_delta(method: type[Method], kind: str) -> None:
-    layer = LAYERS[kind]().requires_grad_(False)
-    if not method.supports(layer):
-        pytest.skip(f"{method.name} is not defined on {kind} layers")
-    adapter = method().fresh(layer)
+def settings(method: type[Method]) -> Method:
+    return new_method(method.name, rank=4)
+
+
+def random(method: type[Method], layer: nn.Module) -> LayerAdapter:
+    adapter = settings(method).fresh(layer)
     for tensor in adapter.tensors.values():
-        tensor.normal_()
-    x = torch.randn(INPUTS[kind])
-    slotted = Slot(layer, [method.pair("a", adapter)])(x, layer(x))
-    layer.weight.data += method.delta(adapter, layer)
-    torch.testing.assert_close(slotted, layer(x), rtol=1e-4, atol=1e-4)
+        if tensor.is_floating_point():
+            tensor.normal_()
+    return adapter
+
+
+def with_slot(layer: nn.Module, method: type[Method], adapter: LayerAdapter, weight: float = 1.0) -> Slot:
+    slot = Slot(layer, [method.part("a", adapter, layer)])
+    slot.weigh({"a": weight})
+    place(layer, slot)
+    return slot
+
+
+def called(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return layer(x)
+
+
+def test_it_is_defined_on_something(method: type[Method]) -> None:
+    assert kinds_of(method)
+
+
+def test_fresh_changes_nothing(method: type[Method]) -> None:
+    """Bit for bit, in training and in inference; DoRA's magnitude is its norm to rounding, and here to the bit."""
+    for kind in kinds_of(method):
+        layer = LAYERS[kind]()
+        fresh = settings(method).fresh(layer)
+        assert method.delta(fresh, layer).abs().max() < 1e-6
+        assert method.check(fresh, layer) is None
+        required = {name for name, needed in method.tensors.items() if needed}
+        assert required <= fresh.tensors.keys() <= method.tensors.keys()
+        x = torch.randn(INPUTS[kind])
+        before = layer(x)
+        for trainable in (True, False):
+            place(layer, Slot(layer, [method.part("new", fresh, layer)], trainable=trainable))
+            assert torch.equal(layer(x), before)
+            take_off(layer)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, -2.0])
+def test_forward_is_the_base_and_weight_times_the_dense_delta(method: type[Method], weight: float) -> None:
+    for kind in kinds_of(method):
+        layer = LAYERS[kind]().requires_grad_(False)
+        adapter = random(method, layer)
+        tensors = {key: tensor for key, tensor in adapter.tensors.items() if key != "b_norm"}  # moves no weight
+        adapter = replace(adapter, tensors=tensors)
+        x = torch.randn(INPUTS[kind])
+        slot = with_slot(layer, method, adapter, weight)
+        slotted, trained = called(layer, x), layer(x)
+        assert slot is take_off(layer)
+        layer.weight.data += weight * method.delta(adapter, layer)
+        torch.testing.assert_close(slotted, layer(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trained, layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_at_weight_0_and_after_it_came_off_the_layer_is_the_base_to_the_bit(method: type[Method]) -> None:
+    for kind in kinds_of(method):
+        layer = LAYERS[kind]()
+        tree, weights = repr(layer), {key: value.clone() for key, value in layer.state_dict().items()}
+        x = torch.randn(INPUTS[kind])
+        before = called(layer, x)
+        slot = with_slot(layer, method, random(method, layer))
+        assert not torch.equal(called(layer, x), before)
+        slot.weigh({"a": 0.0})
+        assert torch.equal(called(layer, x), before)
+        take_off(layer)
+        assert torch.equal(called(layer, x), before)
+        assert repr(layer) == tree
+        assert all(torch.equal(value, weights[key]) for key, value in layer.state_dict().items())
+
+
+def test_it_stacks_beside_a_low_rank_pair_by_addition(method: type[Method]) -> None:
+    if "linear" not in kinds_of(method):
+        pytest.skip("LoRA is not defined on its layers")
+    lora = METHODS["lora"]
+    layer = nn.Linear(16, 24).requires_grad_(False)
+    ours, theirs, x = random(method, layer), random(lora, layer), torch.randn(2, 300, 16)
+    base = called(layer, x)
+    shares = []
+    for kind, adapter in ((method, ours), (lora, theirs)):
+        with_slot(layer, kind, adapter)
+        shares.append(called(layer, x) - base)
+        take_off(layer)
+    slot = Slot(layer, [lora.part("l", theirs, layer), method.part("o", ours, layer)])
+    slot.weigh({"l": -0.5, "o": 0.75})
+    place(layer, slot)
+    expected = base + 0.75 * shares[0] - 0.5 * shares[1]
+    torch.testing.assert_close(called(layer, x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_trains_over_quantised_layers(method: type[Method], precision: str) -> None:
+    """Gradients reach every tensor once the layer is away from its start, and the input through it."""
+    if "linear" not in kinds_of(method):
+        pytest.skip("only linear layers are quantised")
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     quantize(model, precision, compute_dtype=torch.float32)
-    slot = Slot(model[0], [method.pair("a", method().fresh(model[0]))], trainable=True)
+    adapter = random(method, model[0])
+    slot = Slot(model[0], [method.part("a", adapter, model[0])], trainable=True)
     place(model[0], slot)
-    model(torch.randn(3, 64)).square().sum().backward()
-    assert slot.up.grad is not None
-    assert slot.up.grad.abs().sum() > 0
+    x = torch.randn(3, 64, requires_grad=True)
+    model(x).square().sum().backward()
+    trained = [parameter for parameter in slot.parameters() if parameter.requires_grad]
+    floating = [tensor for tensor in adapter.tensors.values() if tensor.is_floating_point()]
+    assert len(trained) == len(floating)
+    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    assert x.grad is not None
+    slot.weigh({"a": 0.0})
+    assert all(p.grad is None for p in model[0].parameters(recurse=False))
+
+
+def test_forward_over_nf4_is_that_of_the_dequantised_weight(method: type[Method]) -> None:
+    if "linear" not in kinds_of(method):
+        pytest.skip("only linear layers are quantised")
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize(model, "nf4", compute_dtype=torch.float32)
+    layer, x = model[0], torch.randn(3, 64)
+    adapter = random(method, layer)
+    base = called(layer, x)
+    with_slot(layer, method, adapter)
+    change = called(layer, x) - base
+    torch.testing.assert_close(change, x @ method.delta(adapter, layer).t(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_wrong_shape_is_named(method: type[Method]) -> None:
-    fresh = method().fresh(nn.Linear(16, 24))
-    fault = method.check(fresh, nn.Linear(16, 25))
-    assert fault is not None
-    assert "expected" in fault
+    for kind in kinds_of(method):
+        fault = method.check(settings(method).fresh(LAYERS[kind]()), OTHERS[kind]())
+        assert fault is not None
+        assert "expected" in fault
+
+
+def test_one_step_of_training_saved_and_loaded_computes_the_same(method: type[Method], tmp_path: Path) -> None:
+    if "linear" not in kinds_of(method):
+        pytest.skip("targets are linear layers and convolutions")
+    model = nn.ModuleDict({"to_q": nn.Linear(16, 24), "conv": nn.Conv2d(8, 12, 3)})
+    targets = ["to_q", "conv"] if "conv" in kinds_of(method) else ["to_q"]
+    with attach(model, settings(method), targets, component="transformer") as attachment:
+        x = torch.randn(2, 16)
+        optimizer = torch.optim.SGD(attachment.groups(0.1, up_ratio=4.0), lr=0.1)
+        (model["to_q"](x) - 1).square().sum().backward()
+        optimizer.step()
+        adapter, trained = attachment.adapter("mine"), model["to_q"](x)
+        attachment.load(adapter)
+        assert torch.equal(model["to_q"](x), trained)
+        assert attachment.adapter("again") == adapter
+    again = load_adapter(save_adapter(adapter, tmp_path / "a.safetensors", format="kohya"))
+    assert again == adapter
+    layer = again.layers["transformer"]["to_q"]
+    with_slot(model["to_q"], method, layer)
+    torch.testing.assert_close(called(model["to_q"], x), trained.detach(), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(trained, model["to_q"].forward(x))
+    assert adapter.methods == {method.name}
