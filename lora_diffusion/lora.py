@@ -20,7 +20,7 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape
+from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape, out_width
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 
@@ -57,23 +57,36 @@ class Slot(nn.Module):
     up: nn.Parameter  # (R, out)
     gate: Tensor  # float32: (R,), (batch, 1, R) or (batch, tokens, R)
 
-    def __init__(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False) -> None:
+    def __init__(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False, reserve: int = 0) -> None:
         super().__init__()
         self.convolution = convolution_arguments(layer)
         self.dropout = 0.0  # probability, on the rank axis, while training
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
+        self.live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
+        self.reserve = reserve  # rows held at least, so that swapping within them changes no shape
         self.pack(layer, pairs, trainable=trainable)
 
     def pack(self, layer: nn.Module, pairs: Sequence[Pair], *, trainable: bool = False) -> None:
-        """Hold these pairs and no others, each at weight 1; trainable ones in float32."""
+        """Hold these pairs and no others, each at weight 1; trainable ones in float32.
+
+        Rows beyond theirs, up to `reserve`, are zero. Tensors of the right shape are written in place.
+        """
         dtype = torch.float32 if trainable else compute_dtype(layer)
         weight = frozen_weight(layer)
         device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
-        downs = [pair.down.reshape(pair.rank, *kernel_shape(layer)).to(device, dtype) for pair in pairs]
-        ups = [pair.up.reshape(-1, pair.rank).t().to(device, dtype) for pair in pairs]
-        self.down = nn.Parameter(torch.cat(downs), requires_grad=trainable)
-        self.up = nn.Parameter(torch.cat(ups), requires_grad=trainable)
+        rows = max(sum(pair.rank for pair in pairs), self.reserve)
+        down = self._held("down", (rows, *kernel_shape(layer)), dtype, device)
+        up = self._held("up", (rows, out_width(layer)), dtype, device)
+        start = 0
+        for pair in pairs:
+            down[start : start + pair.rank] = pair.down.reshape(pair.rank, *kernel_shape(layer))
+            up[start : start + pair.rank] = pair.up.reshape(-1, pair.rank).t()
+            start += pair.rank
+        down[start:], up[start:] = 0, 0
+        if "down" not in self._parameters or down.data_ptr() != self.down.data_ptr():
+            self.down = nn.Parameter(down, requires_grad=trainable)
+            self.up = nn.Parameter(up, requires_grad=trainable)
         self.pairs = tuple((pair.name, pair.rank, pair.scale) for pair in pairs)
         self.weigh({})
 
@@ -81,12 +94,13 @@ class Slot(nn.Module):
         """Set the gate from one number an adapter (1 where none is given)."""
         self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.pairs)
         rows = [w * scale for w, (_, rank, scale) in zip(self.weights, self.pairs, strict=True) for _ in range(rank)]
+        rows += [0.0] * (len(self.down) - len(rows))
         self.register_buffer("gate", torch.tensor(rows, device=self.down.device), persistent=False)
         self.idle = not any(rows)  # then the layer is left alone, bit for bit
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """`out` (the frozen layer's output for `x`) with all adapters added."""
-        gate = self.gate
+        gate = self.gate if self.live is None else self._by_place(out)
         if self.training and self.dropout:
             gate = gate * self._keep(x) / (1 - self.dropout)
         if self.convolution is not None:
@@ -102,7 +116,7 @@ class Slot(nn.Module):
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook: where merging pays, let the merged weight stand in for the frozen one during this call."""
-        if not self.idle and self._merging_pays(layer, _input(args, kwargs)):
+        if not self.idle and self.live is None and self._merging_pays(layer, _input(args, kwargs)):
             self.kept.append(frozen_weight(layer))
             layer._parameters["weight"] = self.merged(self.kept[-1])  # type: ignore[assignment]
 
@@ -111,12 +125,27 @@ class Slot(nn.Module):
         if self.kept:
             layer._parameters["weight"] = self.kept.pop()  # type: ignore[assignment]
             return out
-        return out if self.idle or out is None else self(_input(args, kwargs), out)
+        if out is None or (self.idle and not torch.compiler.is_compiling()):  # compiled code adds zero instead
+            return out
+        return self(_input(args, kwargs), out)
 
     def extra_repr(self) -> str:
         """`'style' rank 16 at 0.8, …`"""
         rows = zip(self.pairs, self.weights, strict=True)
         return ", ".join(f"{name!r} rank {rank} at {weight:g}" for (name, rank, _), weight in rows)
+
+    def _held(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        held = self._parameters.get(name)
+        fits = held is not None and self.reserve and (held.shape, held.dtype, held.device) == (shape, dtype, device)
+        return held.data if fits and held is not None else torch.empty(shape, dtype=dtype, device=device)
+
+    def _by_place(self, out: Tensor) -> Tensor:
+        assert self.live is not None
+        places = out.shape[2:] if self.convolution is not None else out.shape[1:-1]
+        gate = self.live(out.shape[0], places)  # (1 or batch, 1 or places, R)
+        if self.convolution is not None or len(places) == 1:
+            return gate
+        return gate.unflatten(1, places if gate.shape[1] > 1 else (1,) * len(places)) if places else gate[:, 0]
 
     def _keep(self, x: Tensor) -> Tensor:
         tokens = (x.shape[0], 1) if self.convolution is not None else x.shape[:-1]

@@ -3,27 +3,35 @@
 with AdapterStack(pipe) as stack:
     stack.add("style.safetensors", weight=0.8)
     stack.add("kiki.safetensors", weight={"unet": 1.0, "text_encoder": 0.5})
+    stack.weigh("style", "0@0,1@0.5")                  # what a weight can be: lora_diffusion/gates
     image = pipe("kiki riding a bike").images[0]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from lora_diffusion.adapter import Adapter, LayerAdapter
+from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
 from lora_diffusion.attachment import check_layers
-from lora_diffusion.errors import AdapterMismatchError, TargetError, did_you_mean, some
+from lora_diffusion.clock import Clock
+from lora_diffusion.dial import Dial
+from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, did_you_mean, some
 from lora_diffusion.families.naming import resolve
 from lora_diffusion.formats.files import load_adapter
-from lora_diffusion.gates import Weight, check_weight, weight_of
+from lora_diffusion.fusing import Fusion, fuse
+from lora_diffusion.gates import Resolved, Weight, resolve_weight
+from lora_diffusion.layers import is_convolution, is_linear
 from lora_diffusion.lora import Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS
+from lora_diffusion.targets import Targets, find_targets
+from lora_diffusion.tokens import Vocabulary
 
 Site = tuple[str, str]  # component, live layer name
 
@@ -35,6 +43,7 @@ class Stacked:
     name: str
     adapter: Adapter
     weight: Weight
+    resolved: Resolved
     layers: dict[Site, LayerAdapter]
     key: str  # content hash: the canonical order, so that stacking commutes
 
@@ -43,42 +52,113 @@ class AdapterStack:
     """Adapters on one pipeline. Iterating gives their names in the order they were added."""
 
     def __init__(self, pipe: Any) -> None:
-        self.components = {n: c for n, c in _components(pipe).items() if isinstance(c, nn.Module)}
+        hosts = {n: c for n, c in _components(pipe).items() if isinstance(c, nn.Module)}
+        self.components = {name: _inner(host) for name, host in hosts.items()}
+        clock = Clock(pipe)
+        self._dials = {n: Dial(n, host, clock if n in DENOISERS else None) for n, host in hosts.items()}
         self._stacked: dict[str, Stacked] = {}
+        self._reserved: dict[Site, int] = {}
+        self._vocabulary = Vocabulary(pipe)
+        self._fusion: Fusion | None = None
+
+    def reserve(self, rank: int, targets: Targets = "all-linear", *, component: str = "denoiser") -> None:
+        """Put empty slots of at least `rank` rows on the target layers, once, before `torch.compile`.
+
+        Weights then change, and adapters come and go within the reserve, without a recompilation. `clear` keeps
+        the reserve; `release` gives it up. TargetError for an unknown component or target.
+        """
+        self._refuse_if_fused()
+        name = next((n for n in DENOISERS if n in self.components), component) if component == "denoiser" else component
+        if name not in self.components:
+            raise TargetError(f"no component {name!r}; there are {', '.join(self.components)}")
+        sites = {(name, layer): rank for layer in find_targets(self.components[name], targets)}
+        self._reserved |= sites
+        self._repack(sites)
+
+    def release(self) -> None:
+        """Give the reserve up; layers without an adapter are as they were."""
+        sites, self._reserved = self._reserved, {}
+        self._repack(sites)
 
     def add(self, adapter: Adapter | str | Path, weight: Weight = 1.0, *, name: str | None = None) -> str:
         """Put an adapter (or the file of one) on the pipeline; returns its name in the stack.
 
         Everything is checked before anything is changed: AdapterFileError for a bad file,
         AdapterMismatchError where a layer or a shape does not fit, TargetError for a name that is taken.
+        Tokens that the adapter carries are added to tokenizers and text encoders until it goes.
         """
+        self._refuse_if_fused()
         adapter = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
         name = adapter.name if name is None else name
         if name in self._stacked:
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
-        check_weight(weight, self.components, name)
+        resolved = resolve_weight(weight, self._layers, name)
         layers = self._plan(adapter)
-        self._stacked[name] = Stacked(name, adapter, weight, layers, adapter.content_hash)
+        self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in self._stacked.values()), name)
+        self._stacked[name] = Stacked(name, adapter, weight, resolved, layers, adapter.content_hash)
         self._repack(layers)
+        self._retoken(adapter)
         return name
 
     def remove(self, name: str) -> None:
         """Take one adapter off; layers it alone sat on are as they were."""
+        self._refuse_if_fused()
         stacked = self._stacked.pop(self._known(name))
         self._repack(stacked.layers)
+        self._retoken(stacked.adapter)
 
     def clear(self) -> None:
         """Take everything off; the pipeline is bit-identical to what it was."""
+        self.unfuse()
         sites = {site for stacked in self._stacked.values() for site in stacked.layers}
         self._stacked.clear()
         self._repack(dict.fromkeys(sites))
+        self._vocabulary.set([])
 
     def weigh(self, name: str, weight: Weight) -> None:
-        """Turn one adapter to another strength."""
-        stacked = self._stacked[self._known(name)]
-        check_weight(weight, self.components, name)
-        stacked.weight = weight
-        self._reweigh(stacked.layers)
+        """Turn one adapter to another strength; ConfigError or TargetError, and nothing changed, for a bad one."""
+        self.weigh_all({name: weight})
+
+    def weigh_all(self, weights: Mapping[str, Weight]) -> None:
+        """Turn several adapters at once (name -> weight), or none of them."""
+        self._refuse_if_fused()
+        resolved = {name: resolve_weight(w, self._layers, self._known(name)) for name, w in weights.items()}
+        for name, weight in weights.items():
+            self._stacked[name].weight, self._stacked[name].resolved = weight, resolved[name]
+        for dial in self._dials.values():
+            dial.turn(resolved)
+
+    def fuse(self) -> None:
+        """Write the weighted sum into the weights: no cost a call. The originals are kept for `unfuse`.
+
+        ConfigError for weights by step, image or place, and for 4- and 8-bit layers, which would lose most of it.
+        """
+        self._refuse_if_fused()
+        slots = {(c, layer): slot for c, dial in self._dials.items() for layer, slot in dial.slots.items()}
+        layers = {site: self.components[site[0]].get_submodule(site[1]) for site in slots}
+        if any(not isinstance(e.level, float) for dial in self._dials.values() for e in dial.entries):
+            raise ConfigError("fuse: a weight changes by step, image or place, and a fused one cannot; weigh first")
+        self._fusion = fuse({f"{c}.{n}": (layers[c, n], slot) for (c, n), slot in slots.items()})
+
+    def unfuse(self) -> None:
+        """Bring the original weights back, bit for bit; nothing if none are fused."""
+        if self._fusion is not None:
+            self._fusion.undo()
+            self._fusion = None
+
+    def bake(self) -> None:
+        """Write the weighted sum into the weights for good and take the adapters off; their tokens stay."""
+        self.fuse()
+        self._fusion = None
+        sites = {site: None for stacked in self._stacked.values() for site in stacked.layers}
+        self._stacked.clear()
+        self._repack(sites)
+        self.release()
+
+    @property
+    def slots(self) -> dict[str, dict[str, Slot]]:
+        """component -> layer name -> what sits there."""
+        return {component: dict(dial.slots) for component, dial in self._dials.items()}
 
     @property
     def weights(self) -> dict[str, Weight]:
@@ -99,6 +179,7 @@ class AdapterStack:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.clear()
+        self.release()
 
     def __repr__(self) -> str:
         rows = [f"  {s.name!r} at {s.weight}: {len(s.layers)} layers" for s in self._stacked.values()]
@@ -132,28 +213,46 @@ class AdapterStack:
             raise AdapterMismatchError(f"adapter {adapter.name!r}: {faults[0]}{more}")
         return planned
 
-    def _repack(self, sites: dict[Site, Any]) -> None:
+    @cached_property
+    def _layers(self) -> dict[str, list[str]]:
+        """Names of all layers that can be adapted, by component."""
+        return {
+            component: [name for name, layer in model.named_modules() if is_linear(layer) or is_convolution(layer)]
+            for component, model in self.components.items()
+        }
+
+    def _repack(self, sites: Mapping[Site, Any]) -> None:
         for component, layer_name in sites:
             layer = self.components[component].get_submodule(layer_name)
             pairs = [METHODS[s.method].pair(name, s) for name, s in self._on((component, layer_name))]
-            slot = slot_of(layer)
-            if not pairs:
-                take_off(layer)
+            slot, reserve = slot_of(layer), self._reserved.get((component, layer_name), 0)
+            if slot is not None:
+                slot.reserve = reserve
+            if not pairs and not reserve:
+                if slot is not None:
+                    take_off(layer)
             elif slot is None:
-                place(layer, Slot(layer, pairs))
+                place(layer, Slot(layer, pairs, reserve=reserve))
             else:
                 slot.pack(layer, pairs)
-        self._reweigh(sites)
+        self._rebind({component for component, _ in sites})
 
-    def _reweigh(self, sites: dict[Site, Any]) -> None:
-        by_component = {
-            component: {name: weight_of(stacked.weight, component) for name, stacked in self._stacked.items()}
-            for component in {component for component, _ in sites}
-        }
-        for component, layer_name in sites:
-            slot = slot_of(self.components[component].get_submodule(layer_name))
-            if slot is not None:
-                slot.weigh(by_component[component])
+    def _rebind(self, components: set[str]) -> None:
+        weights = {name: stacked.resolved for name, stacked in self._stacked.items()}
+        sites = {site for stacked in self._stacked.values() for site in stacked.layers} | self._reserved.keys()
+        for component in components:
+            model = self.components[component]
+            layers = {name: model.get_submodule(name) for c, name in sorted(sites) if c == component}
+            slots = {name: slot for name, layer in layers.items() if (slot := slot_of(layer)) is not None}
+            self._dials[component].bind(slots, weights)
+
+    def _retoken(self, adapter: Adapter) -> None:
+        if adapter.embeddings:
+            self._vocabulary.set(stacked.adapter.embeddings for stacked in self._stacked.values())
+
+    def _refuse_if_fused(self) -> None:
+        if self._fusion is not None:
+            raise ConfigError("the stack is fused into the weights; call unfuse() first")
 
     def _on(self, site: Site) -> list[tuple[str, LayerAdapter]]:
         stacked = sorted((s for s in self._stacked.values() if site in s.layers), key=lambda s: (s.key, s.name))
@@ -165,6 +264,12 @@ def _components(pipe: Any) -> dict[str, Any]:
     if not isinstance(components, dict):
         raise TargetError(f"{type(pipe).__name__} is no Diffusers pipeline: it has no components")
     return components
+
+
+def _inner(host: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returned."""
+    inner = getattr(host, "_orig_mod", host)
+    return inner if isinstance(inner, nn.Module) else host
 
 
 def _unmatched(adapter: Adapter, unmatched: list[str], components: dict[str, nn.Module]) -> str:

@@ -27,9 +27,10 @@ LEVELS = (
     ("adapter",),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
-    ("attachment", "merging", "pipelines"),
+    ("attachment", "pipelines", "clock", "tokens", "fusing"),
+    ("dial",),
     ("stack", "training"),
-    ("generating", "inspection"),
+    ("generating", "inspection", "merging"),
     ("quickstart",),
     ("cli",),
 )

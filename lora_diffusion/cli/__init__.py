@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import typer
 
+from lora_diffusion.cli.convert import convert
 from lora_diffusion.cli.generate import generate
 from lora_diffusion.cli.grid import grid
+from lora_diffusion.cli.inspect import inspect
 from lora_diffusion.cli.quickstart import quickstart
 from lora_diffusion.cli.train import train
 from lora_diffusion.errors import LoraDiffusionError
@@ -44,7 +46,7 @@ def run(*commands: Callable[..., None]) -> None:
 
 def main() -> None:
     """Entry point of `lora-diffusion`."""
-    run(quickstart, train, generate, grid)
+    run(quickstart, train, generate, grid, inspect, convert)
 
 
 if __name__ == "__main__":

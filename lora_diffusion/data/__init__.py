@@ -1,4 +1,4 @@
-"""Folder -> examples -> aspect buckets -> cached latents and text embeddings -> batches.
+"""Folder -> examples -> aspect buckets -> cached latents and text embeddings.
 
     examples.py   pictures with their captions, masks, repeats and weights, from the spellings people use
     pictures.py   opening them safely: orientation, alpha, size limits before decoding, damage
@@ -6,7 +6,6 @@
     buckets.py    which size a picture is trained at, how it is cut, and what SDXL wants to know about that
     prepare.py    the three above in one pass that lists every fault before anything starts
     cache.py      tensors on disk under the hash of everything they depend on
-    sampler.py    the order of batches: deterministic, resumable, one bucket a batch
 
 Import from these files; nothing is loaded here. Only `cache.py` needs torch.
 """

@@ -11,7 +11,7 @@ from random import Random
 
 from lora_diffusion.errors import ConfigError
 
-__all__ = ["CaptionRules", "caption_variants", "pick_variant"]
+__all__ = ["CaptionRules", "caption_variants"]
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,6 @@ def caption_variants(caption: str, rules: CaptionRules, *, seed: int) -> tuple[s
         if len(found) == rules.variants:
             break
     return tuple(found)
-
-
-def pick_variant(count: int, rules: CaptionRules, *, seed: int, epoch: int, position: int) -> int | None:
-    """Which of `count` variants is used for that draw; None for the empty caption."""
-    random = Random(f"{seed}/{epoch}/{position}/caption")
-    return None if random.random() < rules.dropout else random.randrange(count)
 
 
 def _missing_trigger(caption: str, trigger: str | None) -> list[str]:

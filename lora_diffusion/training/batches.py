@@ -21,6 +21,8 @@ class Item:
     name: str
     latents: Tensor
     captions: tuple[int, ...]  # rows of the conditioning table; row 0 is the empty caption
+    share: float = 1.0  # how often it is seen in an epoch
+    mask: Tensor | None = None  # (h, w) in [0, 1], where the loss counts; None: everywhere
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Batch:
     latents: Tensor
     conditioning: dict[str, Tensor]
     names: tuple[str, ...]
+    masks: Tensor | None = None  # (n, 1, h, w) in [0, 1]
 
 
 class Batches:
@@ -39,13 +42,15 @@ class Batches:
         self, items: Sequence[Item], table: dict[str, Tensor], *, size: int, seed: int, dropout: float = 0.0
     ) -> None:
         self.items, self.table, self.size, self.seed, self.dropout = list(items), table, size, seed, dropout
-        self._epochs: dict[int, list[list[int]]] = {}
+        self._drawn: tuple[int, list[list[int]]] = (0, self._epoch(0))
+        self._length = len(self._drawn[1])
 
     def draw(self, index: int) -> Batch:
-        """The batch number `index` (0, 1, …) of the whole run: epochs are shuffled, every picture once in each."""
-        per_epoch = len(self._epoch(0))
-        chosen = self._epoch(index // per_epoch)[index % per_epoch]
-        return self._collate(chosen, generator_for(self.seed, "captions", index))
+        """The batch number `index` (0, 1, …) of the whole run: epochs are shuffled, each picture by its share."""
+        epoch, place = divmod(index, self._length)
+        if self._drawn[0] != epoch:
+            self._drawn = epoch, self._epoch(epoch)
+        return self._collate(self._drawn[1][place], generator_for(self.seed, "captions", index))
 
     def in_order(self) -> list[Batch]:
         """All items once, first captions, no dropout: to measure on."""
@@ -53,21 +58,25 @@ class Batches:
         return [self._collate(group, None) for group in groups]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        if epoch not in self._epochs:
-            generator = generator_for(self.seed, "epoch", epoch)
-            batches: list[list[int]] = []
-            for group in self._shapes():
-                order = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
-                order += order[: -len(order) % self.size]  # the last batch is filled from the front
-                while len(order) % self.size:
-                    order += order[: self.size - len(order) % self.size]
-                batches += [order[i : i + self.size] for i in range(0, len(order), self.size)]
-            self._epochs = {0: self._epochs.get(0, batches), epoch: self._shuffled(batches, generator)}
-        return self._epochs[epoch]
-
-    @staticmethod
-    def _shuffled(batches: list[list[int]], generator: torch.Generator) -> list[list[int]]:
+        """Batches of one epoch; every epoch has the same number of them."""
+        generator = generator_for(self.seed, "epoch", epoch)
+        batches: list[list[int]] = []
+        for shape in self._shapes():
+            group = self._by_share(shape, generator)
+            order = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+            while len(order) % self.size:  # the last batch is filled from the front
+                order += order[: self.size - len(order) % self.size]
+            batches += [order[i : i + self.size] for i in range(0, len(order), self.size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def _by_share(self, group: list[int], generator: torch.Generator) -> list[int]:
+        """Each index as often as its share says; the broken rests of the shares are drawn, as many every time."""
+        shares = torch.tensor([self.items[i].share for i in group], dtype=torch.float64)
+        counts, rest = shares.floor().long(), shares.frac()
+        extra = round(rest.sum().item()) or int(not counts.any())
+        if extra:
+            counts[torch.multinomial(rest, extra, replacement=False, generator=generator)] += 1
+        return [i for i, count in zip(group, counts.tolist(), strict=True) for _ in range(count)]
 
     def _shapes(self) -> list[list[int]]:
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -79,7 +88,12 @@ class Batches:
         items = [self.items[i] for i in chosen]
         rows = torch.tensor([self._caption(item, generator) for item in items])
         conditioning = {name: values[rows] for name, values in self.table.items()}
-        return Batch(torch.stack([item.latents for item in items]), conditioning, tuple(item.name for item in items))
+        masks = None
+        if any(item.mask is not None for item in items):
+            whole = torch.ones(items[0].latents.shape[-2:])
+            masks = torch.stack([whole if item.mask is None else item.mask for item in items])[:, None]
+        latents = torch.stack([item.latents for item in items])
+        return Batch(latents, conditioning, tuple(item.name for item in items), masks)
 
     def _caption(self, item: Item, generator: torch.Generator | None) -> int:
         if generator is None:

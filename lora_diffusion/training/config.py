@@ -37,6 +37,8 @@ class DataConfig(_Section):
     """A folder of pictures that are never trained on, or the share of `folder` to hold out (0 to 0.5)."""
     resolution: int = Field(512, ge=16, multiple_of=8)
     """Pixels; pictures are brought to buckets of about this area."""
+    upscale: bool = False
+    """Enlarge pictures that are smaller than their bucket; otherwise they get a bucket of their own size."""
     trigger: str = ""
     """Put in front of every caption."""
     caption_dropout: float = Field(0.05, ge=0, le=1)

@@ -172,7 +172,8 @@ class Run:
         place: dict[str, Any] = {"device": self.opened.device, "dtype": self.opened.dtype}
         conditioning = {name: value.to(**place) for name, value in batch.conditioning.items()}
         latents, noise = batch.latents.to(**place), noise.to(**place)
-        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times)
+        masks = None if batch.masks is None else batch.masks.to(self.opened.device)
+        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks)
 
     @torch.no_grad()
     def measure(self, batches: Batches) -> float:

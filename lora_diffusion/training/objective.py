@@ -103,8 +103,13 @@ def losses(
     conditioning: Conditioning,
     noise: Tensor,
     times: Tensor,
+    masks: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of each picture, (n,) float32."""
+    """Mean squared error of each picture, (n,) float32; with `masks` (n, 1, h, w) the mean weighted by them."""
     noisy, target = objective.noised(latents, noise, times)
     answer = family.predict(denoiser, noisy, times.to(latents.device), conditioning)
-    return (answer.float() - target.float()).square().flatten(1).mean(1)
+    error = (answer.float() - target.float()).square()
+    if masks is None:
+        return error.flatten(1).mean(1)
+    weights = masks.float().expand_as(error)
+    return (error * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1e-6)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_diffusion.data.buckets import BucketRules, View, cut
 from lora_diffusion.data.cache import TensorCache, content_key
 from lora_diffusion.data.captions import CaptionRules, caption_variants
-from lora_diffusion.data.pictures import open_picture
+from lora_diffusion.data.pictures import open_mask, open_picture
 from lora_diffusion.data.prepare import Item as Usable
 from lora_diffusion.data.prepare import prepare as look_at
 from lora_diffusion.errors import DataError
@@ -51,9 +51,15 @@ def prepare(config: TrainConfig, opened: Opened, family: Family, listen: Count) 
     loop, dropout = config.train, config.data.caption_dropout
     items = [
         [
-            Item(str(usable.example.picture), latents[key], tuple(rows[c] for c in encoder.texts(usable)))
+            Item(
+                str(usable.example.picture),
+                latents[key],
+                tuple(rows[caption] for caption in encoder.texts(usable)),
+                usable.example.share / len(usable.views),
+                _mask(usable, view, latents[key]),
+            )
             for usable in group
-            for key in encoder.keys(usable)
+            for key, view in zip(encoder.keys(usable), usable.views, strict=True)
         ]
         for group in (training, heldout)
     ]
@@ -138,7 +144,7 @@ def _bucket_rules(data: DataConfig, opened: Opened, family: Family) -> BucketRul
     config: Any = getattr(opened.pipe, family.denoiser).config
     stages = len(config.get("block_out_channels") or (1, 1))  # transformers take 2x2 patches
     step = int(opened.pipe.vae_scale_factor) * 2 ** (stages - 1)
-    return BucketRules(resolutions=(data.resolution,), step=step, flip=data.flip, upscale=True)
+    return BucketRules(resolutions=(data.resolution,), step=step, flip=data.flip, upscale=data.upscale)
 
 
 def _views(group: Sequence[Usable]) -> list[tuple[Path, View]]:
@@ -147,6 +153,15 @@ def _views(group: Sequence[Usable]) -> list[tuple[Path, View]]:
 
 def _contents(group: Sequence[Usable]) -> list[list[str]]:
     return [[usable.picture.content, usable.example.caption] for usable in group]
+
+
+def _mask(usable: Usable, view: View, latents: Tensor) -> Tensor | None:
+    """The picture's mask cut like the picture, averaged over each latent pixel: (h, w) in [0, 1]."""
+    if usable.example.mask is None:
+        return None
+    mask = cut(open_mask(usable.example.mask, usable.picture.size), view)
+    values = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)[None, None]
+    return nn.functional.interpolate(values, size=latents.shape[-2:], mode="area")[0, 0]
 
 
 def _let_go(pipe: Any, family: Family) -> None:

@@ -21,6 +21,11 @@ def plain():
     return pictures("plain")
 
 
+@pytest.fixture(scope="module")
+def probe(plain):
+    return StyleProbe.fit(pictures("ink"), plain)
+
+
 @pytest.mark.parametrize(("name", "least"), [("ink", 0.95), ("clay", 0.85), ("sticker", 0.85)])
 def test_true_held_out_pictures_score_near_one_and_unseen_plain_ones_near_zero(name, least, plain):
     probe = StyleProbe.fit(pictures(name), plain[::2])
@@ -30,25 +35,23 @@ def test_true_held_out_pictures_score_near_one_and_unseen_plain_ones_near_zero(n
     assert probe.accuracy(truth, others) >= least - 0.05
 
 
-def test_score_grows_from_plain_to_style(plain):
-    ink, truth = pictures("ink"), pictures("ink/heldout")
-    start = plain[: len(truth)]
-    probe = StyleProbe.fit(ink, plain)
-    mixes = [[Image.blend(a, b, t) for a, b in zip(start, truth, strict=True)] for t in (0.0, 0.5, 1.0)]
+def test_score_grows_from_plain_to_style(probe, plain):
+    truth = pictures("ink/heldout")
+    pairs = list(zip(plain, truth, strict=False))
+    mixes = [[Image.blend(a, b, t) for a, b in pairs] for t in (0.0, 0.5, 1.0)]
     low, middle, high = (probe.score(mix) for mix in mixes)
     assert low < middle < high
 
 
-def test_size_and_mode_of_a_picture_do_not_matter_much(plain):
-    ink, truth = pictures("ink"), pictures("ink/heldout")
+def test_size_and_mode_of_a_picture_do_not_matter_much(probe):
+    truth = pictures("ink/heldout")
     large = [picture.resize((256, 256)).convert("RGBA") for picture in truth]
-    assert style_score(large, ink, plain) == pytest.approx(style_score(truth, ink, plain), abs=0.1)
+    assert probe.score(large) == pytest.approx(probe.score(truth), abs=0.1)
 
 
-def test_score_is_deterministic_and_ignores_order(plain):
-    ink, truth = pictures("ink"), pictures("ink/heldout")
-    assert style_score(truth, ink, plain) == style_score(truth, ink, plain)
-    assert style_score(truth[::-1], ink[::-1], plain) == pytest.approx(style_score(truth, ink, plain))
+def test_score_is_deterministic_and_ignores_order(probe, plain):
+    truth = pictures("ink/heldout")
+    assert style_score(truth[::-1], pictures("ink")[::-1], plain) == pytest.approx(probe.score(truth))
 
 
 def test_a_white_picture_has_finite_features():
@@ -57,10 +60,10 @@ def test_a_white_picture_has_finite_features():
     assert np.isfinite(features).all()
 
 
-def test_too_few_pictures_and_like_sets_are_errors(plain):
+def test_too_few_pictures_and_like_sets_are_errors(probe, plain):
     with pytest.raises(DataError, match="3 pictures as references"):
         StyleProbe.fit(plain[:3], plain)
     with pytest.raises(DataError, match="look alike"):
         StyleProbe.fit(plain, plain)
     with pytest.raises(DataError, match="no pictures"):
-        StyleProbe.fit(pictures("ink"), plain).score([])
+        probe.score([])

@@ -41,3 +41,23 @@ def test_fewer_pictures_than_a_batch_are_repeated() -> None:
 
 def test_in_order_shows_everything_once() -> None:
     assert sorted(n for b in batches(7, 3).in_order() for n in b.names) == sorted(map(str, range(7)))
+
+
+def test_shares_say_how_often_an_epoch_shows_a_picture() -> None:
+    items = [Item(str(i), torch.zeros(1, 2, 2), (1,), share) for i, share in enumerate((3.0, 1.0, 0.5, 0.5))]
+    drawn = Batches(items, {"states": torch.zeros(2, 1)}, size=1, seed=0)
+    counts = Counter[str]()
+    for epoch in range(40):
+        names = [drawn.draw(5 * epoch + i).names[0] for i in range(5)]
+        assert (names.count("0"), names.count("1"), names.count("2") + names.count("3")) == (3, 1, 1)
+        counts.update(names)
+    assert 8 < counts["2"] < 32
+
+
+def test_masks_go_with_their_pictures() -> None:
+    half = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    items = [Item("masked", torch.zeros(1, 2, 2), (0,), mask=half), Item("whole", torch.zeros(1, 2, 2), (0,))]
+    (batch,) = Batches(items, {"states": torch.zeros(1, 1)}, size=2, seed=0).in_order()
+    assert batch.masks is not None
+    assert torch.equal(batch.masks[0, 0], half)
+    assert bool(batch.masks[1].eq(1).all())

@@ -7,6 +7,7 @@ and shifted by it (FiLM, as SDXL does with its pooled text): 1.3-1.4 times fewer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def open_pipeline(work: Path) -> StableDiffusionPipeline:
     """A pipeline from the moving average in `WORK/denoiser.state` and from `WORK/vae`, in fp32 and eval mode."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     parts = build_denoiser(tokenizer)
-    state = torch.load(work / "denoiser.state", weights_only=True)
+    state = torch.load(work / "denoiser.state", weights_only=True, map_location="cpu")
     parts.load_state_dict(state["average"])
     parts["unet"].set_default_attn_processor()
     pipeline = StableDiffusionPipeline(
@@ -124,7 +125,5 @@ def open_pipeline(work: Path) -> StableDiffusionPipeline:
 
 
 def _merges(tokenizer_json: str) -> list[tuple[str, str]]:
-    import json
-
     merges = json.loads(tokenizer_json)["model"]["merges"]
     return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-EMA_DECAY = 0.999
+AVERAGED = 32_000  # samples: the moving average's horizon
 
 
 Rate = Callable[[int], float]  # samples seen -> factor on the learning rate
@@ -134,16 +134,17 @@ class Run:
         self.model.load_state_dict(self.average)
 
     def _restore(self) -> None:
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
-        self.average = state["average"]
+        self.average = {name: value.to(self.average[name].device) for name, value in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.seen, self.seconds = state["seen"], state["seconds"]
         print(f"resumed {self.path.name} at {self.seen} samples", flush=True)
 
     @torch.no_grad()
     def _follow(self) -> None:
-        decay = min(EMA_DECAY, (1 + self.seen / self.batch) / (10 + self.seen / self.batch))
+        steps = self.seen / self.batch
+        decay = min(1 - self.batch / AVERAGED, (1 + steps) / (10 + steps))
         ours = self.model.state_dict()
         floats = [name for name, value in ours.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.average[n] for n in floats], [ours[n] for n in floats], 1 - decay)

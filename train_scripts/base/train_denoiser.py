@@ -2,6 +2,7 @@
 
     python train_scripts/base/train_denoiser.py --work ~/base-work --samples 400000 [--minutes 90]
     torchrun --nproc-per-node 2 train_scripts/base/train_denoiser.py …      # two cores, OMP_NUM_THREADS=1
+    … --samples 4000000 --cool 800000 --batch 256                           # a GPU
 
 Goes on from `WORK/denoiser.state` with the same command; a larger `--samples` prolongs the run (the
 rate is constant). `--cool N` brings the rate down over the last N samples, for the model that ships;
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 from train_vae import load_pictures
 from transformers import CLIPTokenizer
 
-BATCH, RATE = 32, 1e-3
 DEFAULT_SHARE = 0.43  # of the samples are of the default style
 EMPTY_SHARE = 0.1  # of the captions are empty: what guidance points away from
 
@@ -102,15 +102,22 @@ def velocity_loss(
     return F.mse_loss(guess.float(), signal * noise - sigma * latents)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument(
         "--samples", type=int, default=400_000, help="samples to have seen at the end, all calls together"
     )
     parser.add_argument("--cool", type=int, default=0, help="bring the rate down over the last so many samples")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (and save) after this long")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)  # the same fresh weights in every process
     examples, tokenizer = load_examples(args.work, device)
@@ -118,7 +125,7 @@ def main() -> None:
     alphas = build_scheduler().alphas_cumprod.to(device)
     warm = args.samples - args.cool
     rate = steady(args.samples, args.cool)
-    run = Run(args.work / "denoiser.state", parts, lr=RATE, samples=warm, batch=BATCH, rate=rate)
+    run = Run(args.work / "denoiser.state", parts, lr=args.rate, samples=warm, batch=args.batch, rate=rate)
     end = time.monotonic() + args.minutes * 60
 
     def loss_of(count: int, random: torch.Generator) -> Tensor:

@@ -1,0 +1,63 @@
+"""An adapter at another rank: the best approximation of each layer's delta, by its singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from lora_diffusion.adapter import Adapter, LayerAdapter
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.merging.factors import factors_of, from_svd
+
+
+@dataclass(frozen=True)
+class Resized:
+    """The new adapter, the share of energy it keeps, and the rank of each (component, layer)."""
+
+    adapter: Adapter
+    kept: float
+    ranks: dict[tuple[str, str], int]
+
+
+def resize(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    frobenius: float | None = None,
+    listen: Callable[[int, int], None] = lambda done, of: None,
+) -> Resized:
+    """Lower the ranks. Give one of: `rank` for every layer, or what every layer keeps at least.
+
+    `energy` is the share of the squared Frobenius norm in (0, 1], `frobenius` that of the norm itself; with either,
+    `rank` may stand beside it as the most a layer gets. ConfigError for settings that cannot be.
+    """
+    if frobenius is not None:
+        energy = frobenius**2
+    if (rank is None and energy is None) or (rank is not None and rank < 1):
+        raise ConfigError(f"resize: rank is {rank}; expected a rank of at least 1, an energy or a Frobenius share")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"resize: the share to keep is {energy}; expected more than 0 and at most 1")
+    adapter.check()
+    layers: dict[str, dict[str, LayerAdapter]] = {}
+    ranks: dict[tuple[str, str], int] = {}
+    kept = whole = 0.0
+    for done, (component, name, layer) in enumerate(adapter):
+        factors = factors_of(layer, f"adapter {adapter.name!r}: {component} {name}")
+        u, s, v = factors.svd()
+        wanted = min(rank or len(s), rank_for(s, energy) if energy is not None else len(s))
+        smaller, held, total = from_svd(u, s, v, wanted, factors.kernel)
+        kept, whole, ranks[component, name] = kept + held, whole + total, smaller.rank
+        layers.setdefault(component, {})[name] = smaller.layer()
+        listen(done + 1, len(adapter))
+    return Resized(replace(adapter, layers=layers), kept / whole if whole else 1.0, ranks)
+
+
+def rank_for(values: torch.Tensor, energy: float) -> int:
+    """The fewest singular values (falling) whose squares are `energy` of the sum of all."""
+    shares = values.square().cumsum(0)
+    if not float(shares[-1]):
+        return 1
+    return int(torch.searchsorted(shares / shares[-1], torch.tensor(energy - 1e-12, dtype=shares.dtype))) + 1

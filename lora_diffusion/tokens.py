@@ -1,0 +1,95 @@
+"""Learned tokens on a pipeline: tokenizer and text encoder are extended while adapters that carry them are on.
+
+Tokenizers are copied, embedding tables enlarged; the originals are kept and come back as they were. A token of n
+vectors becomes `<t>`, `<t>_1`, … as Diffusers' textual inversion spells it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.errors import AdapterMismatchError, some
+
+Embeddings = Mapping[str, Mapping[str, Tensor]]  # token -> component -> (n, width)
+
+
+class Vocabulary:
+    """The pristine tokenizers and embedding tables of a pipeline, and what is added to them."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._kept: dict[str, tuple[Any, Any]] = {}  # component -> tokenizer, embedding weight
+
+    def check(self, embeddings: Embeddings, others: Iterable[Embeddings], adapter: str) -> None:
+        """AdapterMismatchError where a token has no text encoder, another width, or is known already."""
+        taken = {token for other in others for token in other}
+        for token, vectors in embeddings.items():
+            for component, rows in vectors.items():
+                encoder = getattr(self.pipe, component, None)
+                tokenizer = self._tokenizer(component)
+                if not isinstance(encoder, nn.Module) or tokenizer is None:
+                    raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r}: there is no {component}")
+                width = _table(encoder).weight.shape[1]
+                if rows.shape[-1] != width:
+                    found = f"vectors are {rows.shape[-1]} wide, {component} is {width}"
+                    raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r}: {found}; another model family")
+                if token in taken or token in tokenizer.get_vocab():
+                    raise AdapterMismatchError(f"adapter {adapter!r}: token {some([token])} is known already")
+
+    def set(self, all_embeddings: Iterable[Embeddings]) -> None:
+        """Have exactly these tokens beside the pipeline's own."""
+        self._restore()
+        wanted: dict[str, dict[str, Tensor]] = {}
+        for embeddings in all_embeddings:
+            for token, vectors in embeddings.items():
+                for component, rows in vectors.items():
+                    wanted.setdefault(component, {})[token] = rows
+        for component, tokens in wanted.items():
+            self._extend(component, tokens)
+
+    def _extend(self, component: str, tokens: Mapping[str, Tensor]) -> None:
+        tokenizer, table = self._tokenizer(component), _table(getattr(self.pipe, component))
+        self._kept[component] = (tokenizer, table.weight)
+        longer = copy.deepcopy(tokenizer)
+        names = [token if i == 0 else f"{token}_{i}" for token, rows in tokens.items() for i in range(len(rows))]
+        longer.add_tokens(names)
+        places = longer.convert_tokens_to_ids(names)
+        old = table.weight
+        weight = old.new_zeros(max(len(old), max(places) + 1), old.shape[1])
+        weight[: len(old)] = old.data
+        weight[places] = torch.cat(list(tokens.values())).to(weight)
+        table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+        _resize(getattr(self.pipe, component), weight)
+        setattr(self.pipe, _tokenizer_name(component), longer)
+
+    def _restore(self) -> None:
+        for component, (tokenizer, weight) in self._kept.items():
+            table = _table(getattr(self.pipe, component))
+            weight.data = weight.data.to(table.weight)  # it may have been moved or cast in between
+            table.weight = weight
+            _resize(getattr(self.pipe, component), weight)
+            setattr(self.pipe, _tokenizer_name(component), tokenizer)
+        self._kept = {}
+
+    def _tokenizer(self, component: str) -> Any:
+        return getattr(self.pipe, _tokenizer_name(component), None)
+
+
+def _tokenizer_name(component: str) -> str:
+    return component.replace("text_encoder", "tokenizer")
+
+
+def _resize(encoder: Any, weight: Tensor) -> None:
+    _table(encoder).num_embeddings = len(weight)
+    encoder.config.vocab_size = len(weight)  # so that what is saved can be opened
+
+
+def _table(encoder: Any) -> nn.Embedding:
+    table = getattr(encoder, "_orig_mod", encoder).get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table

@@ -1,0 +1,197 @@
+"""From a blend to a file: every merge against dense float64, and models written and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lora_diffusion import Adapter, AdapterStack, LayerAdapter
+from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError
+from lora_diffusion.merging import bake, conflicts, extract, merge, resize
+from lora_diffusion.merging.rules import dare, della, prune, ties, trimmed
+from lora_diffusion.quantize import load_quantized
+from tests import tiny
+from tests.test_gates import adapter
+
+SHAPES: dict[str, tuple[int, ...]] = {"mid_block.to_q": (12, 10), "up_blocks.0.conv": (8, 6, 3, 3)}
+
+
+def random_adapter(name: str, rank: int, alpha: float, seed: int, *, flat: bool = False) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for layer, (out, *kernel) in SHAPES.items():
+        up = torch.randn(out, rank, *(1,) * (len(kernel) - 1), generator=generator)
+        tensors = {"down": torch.randn(rank, *kernel, generator=generator), "up": up}
+        layers[layer.replace(".", "_") if flat else layer] = LayerAdapter("lora", tensors, alpha, "tensor")
+    return Adapter(name, {"unet": layers})
+
+
+def dense(one: Adapter, layer: str) -> Tensor:
+    """up · down · alpha / rank in float64, by its definition."""
+    layers = one.layers["unet"]
+    pair = layers.get(layer) or layers[layer.replace(".", "_")]
+    up, down = pair.tensors["up"].double().flatten(1), pair.tensors["down"].double().flatten(1)
+    return (pair.alpha or 0.0) / len(down) * up @ down
+
+
+A, B = random_adapter("a", 4, 2.0, 1), random_adapter("b", 3, 5.0, 2, flat=True)
+
+
+@pytest.mark.parametrize("weights", [[0.8, -0.3], [1.0, 0.0], [-2.0, 1e-3]])
+def test_the_sum_is_exact_for_mixed_ranks_spellings_and_signs(weights: list[float]) -> None:
+    merged = merge([A, B], weights)
+    assert merged.kept == 1.0
+    for layer in SHAPES:
+        true = weights[0] * dense(A, layer) + weights[1] * dense(B, layer)
+        torch.testing.assert_close(dense(merged.adapter, layer), true, rtol=1e-5, atol=1e-5)
+    assert merged.adapter.layers["unet"]["mid_block.to_q"].tensors["down"].shape[0] == (7 if weights[1] else 4)
+
+
+def test_weights_by_block() -> None:
+    merged = merge([A, B], [{"up": 0.5}, 0.0]).adapter
+    assert list(merged.layers["unet"]) == ["up_blocks.0.conv"]
+    torch.testing.assert_close(dense(merged, "up_blocks.0.conv"), 0.5 * dense(A, "up_blocks.0.conv"))
+
+
+def test_a_chosen_rank_is_the_best_approximation_and_its_energy_is_told() -> None:
+    merged = merge([A, B], [1.0, 1.0], rank=3)
+    kept = whole = 0.0
+    for layer in SHAPES:
+        values = torch.linalg.svdvals(dense(A, layer) + dense(B, layer))
+        error = (dense(merged.adapter, layer) - dense(A, layer) - dense(B, layer)).norm()
+        torch.testing.assert_close(error, values[3:].norm(), rtol=1e-4, atol=1e-5)
+        kept, whole = kept + float(values[:3].square().sum()), whole + float(values.square().sum())
+    assert merged.kept == pytest.approx(kept / whole, rel=1e-6)
+
+
+def test_slerp_keeps_the_angle_and_the_length() -> None:
+    for t, end in ((0.0, A), (1.0, B)):
+        merged = merge([A, B], [1 - t, t], method="slerp").adapter
+        torch.testing.assert_close(dense(merged, "mid_block.to_q"), dense(end, "mid_block.to_q"), rtol=1e-4, atol=1e-5)
+    equal = [dense(one, "mid_block.to_q") for one in (A, B)]
+    cosine = torch.cosine_similarity(equal[0].flatten(), equal[1].flatten(), 0)
+    angle = torch.acos(cosine)
+    true = (equal[0] * torch.sin(angle / 4 * 3) + equal[1] * torch.sin(angle / 4)) / torch.sin(angle)
+    merged = merge([A, B], [0.75, 0.25], method="slerp").adapter
+    torch.testing.assert_close(dense(merged, "mid_block.to_q"), true, rtol=1e-4, atol=1e-5)
+
+
+def test_ties_on_numbers_by_hand() -> None:
+    random = torch.Generator()
+    one, two = torch.tensor([[4.0, -1.0, 2.0, 0.1]]), torch.tensor([[2.0, 3.0, -4.0, 0.2]])
+    assert trimmed(one, 0.5).tolist() == [[4, 0, 2, 0]]
+    assert prune([one, two], 0.5, random).tolist() == [[4, 3, -2, 0]]
+    assert ties([one, two], 0.5, random).tolist() == [[4, 3, -4, 0]]
+    assert ties([one, two], 1.0, random)[0, :3].tolist() == [3, 3, -4]
+
+
+@pytest.mark.parametrize("rule", [dare, della])
+def test_dropping_keeps_the_expectation(rule: Any) -> None:
+    random, delta = torch.Generator().manual_seed(0), torch.randn(20, 30).double()
+    mean = torch.stack([rule([delta], 0.5, random) for _ in range(4000)]).mean(0)
+    assert (mean - delta).norm() / delta.norm() < 0.03
+    assert float((rule([delta], 0.5, random) == 0).float().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("method", ["prune", "ties", "dare", "della"])
+def test_rules_at_full_density_and_full_rank_are_dense(method: str) -> None:
+    merged = merge([A], [0.7], method=method, density=1.0).adapter
+    torch.testing.assert_close(dense(merged, "mid_block.to_q"), 0.7 * dense(A, "mid_block.to_q"), rtol=1e-4, atol=1e-5)
+
+
+def test_merges_that_cannot_be_are_refused() -> None:
+    with pytest.raises(TargetError, match="did you mean 'ties'"):
+        merge([A], method="tie")
+    for wrong in ({"weights": [1.0]}, {"rank": 0}, {"density": 0.0}, {"weights": ["0@0,1@1", 1.0]}):
+        with pytest.raises(ConfigError):
+            merge([A, B], **wrong)
+    other = LayerAdapter("lora", {"down": torch.zeros(1, 5), "up": torch.zeros(12, 1)}, 1.0)
+    with pytest.raises(AdapterMismatchError, match=r"\(12, 5\)"):
+        merge([A, Adapter("c", {"unet": {"mid_block.to_q": other}})])
+
+
+def test_resize_by_rank_energy_and_norm() -> None:
+    smaller = resize(A, rank=2)
+    assert set(smaller.ranks.values()) == {2}
+    torch.testing.assert_close(
+        (dense(smaller.adapter, "mid_block.to_q") - dense(A, "mid_block.to_q")).norm(),
+        torch.linalg.svdvals(dense(A, "mid_block.to_q"))[2:].norm(),
+    )
+    same = resize(A, energy=1.0)
+    assert set(same.ranks.values()) == {4}
+    torch.testing.assert_close(dense(same.adapter, "up_blocks.0.conv"), dense(A, "up_blocks.0.conv"))
+    by_energy, by_norm = resize(A, energy=0.81), resize(A, frobenius=0.9)
+    assert by_energy.ranks == by_norm.ranks
+    assert by_energy.kept >= 0.81
+    for layer, rank in by_energy.ranks.items():
+        energy = torch.linalg.svdvals(dense(A, layer[1])).square()
+        assert rank == 1 or float(energy[: rank - 1].sum() / energy.sum()) < 0.81
+    with pytest.raises(ConfigError):
+        resize(A)
+
+
+def test_conflicts_of_known_pairs() -> None:
+    assert all(
+        (c.columns, c.rows, c.signs, c.ratio) == pytest.approx((1, 1, 0, 0.5))
+        for c in conflicts([A, merge([A], [2]).adapter])
+    )
+    against = conflicts([A, merge([A], [-1.0]).adapter])
+    assert [c.block for c in against] == ["mid", "up.0"]
+    assert all(c.signs == pytest.approx(1) and c.weights == pytest.approx((1, 1)) for c in against)
+    eye = torch.eye(12, 10)
+    apart = [LayerAdapter("lora", {"down": eye[i : i + 1], "up": eye.t()[i : i + 1].t()}, 1.0) for i in (0, 1)]
+    (row,) = conflicts([Adapter(n, {"unet": {"mid_block.q": one}}) for n, one in zip("ab", apart, strict=True)])
+    assert (row.columns, row.rows) == (0, 0)
+
+
+@pytest.fixture
+def base(sd: Any, tmp_path: Path) -> Path:
+    sd.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_bake_then_extract_gives_the_adapter_back(sd: Any, base: Path, tmp_path: Path) -> None:
+    one = adapter(sd)
+    baked = bake(base, [(one, 0.8)], tmp_path / "baked")
+    assert (baked.precision, baked.kept) == ("fp32", 1.0)
+    pipe = type(sd).from_pretrained(baked.folder)
+    with AdapterStack(sd) as stack:
+        stack.add(one, 0.8)
+        np.testing.assert_allclose(tiny.picture(pipe), tiny.picture(sd), atol=1e-5)
+    found = extract(tmp_path / "baked", base, rank=2)
+    assert found.kept > 0.9999
+    assert not found.left_out
+    with AdapterStack(sd) as stack:
+        stack.add(found.adapter)
+        np.testing.assert_allclose(tiny.picture(pipe), tiny.picture(sd), atol=1e-4)
+    with pytest.raises(ConfigError, match="not empty"):
+        bake(base, [(one, 0.8)], tmp_path / "baked")
+    with pytest.raises(AdapterMismatchError, match="no linear layer"):
+        extract(base, base)
+
+
+def test_extract_names_what_no_adapter_can_hold(sd: Any) -> None:
+    tuned = tiny.sd()
+    tuned.unet.conv_in.bias.data += 1
+    tuned.unet.mid_block.attentions[0].proj_in.weight.data += 0.1
+    found = extract(tuned, sd, rank=4)
+    assert found.left_out == ["unet.conv_in.bias"]
+    assert list(found.adapter.layers["unet"]) == ["mid_block.attentions.0.proj_in"]
+    assert found.adapter.layers["unet"]["mid_block.attentions.0.proj_in"].tensors["down"].shape[0] <= 4
+
+
+def test_a_small_delta_is_not_baked_into_nf4_unless_forced(sd: Any, base: Path, tmp_path: Path) -> None:
+    one = adapter(sd, components=("unet",))
+    with pytest.raises(ConfigError, match="would survive"):
+        bake(base, [(one, 1e-4)], tmp_path / "small", precision="nf4")
+    assert not (tmp_path / "small").exists()
+    forced = bake(base, [(one, 1e-4)], tmp_path / "small", precision="nf4", force=True)
+    assert forced.kept < 0.9
+    unet = tiny.unet()
+    load_quantized(unet, tmp_path / "small" / "unet")
+    assert bake(base, [(one, 30.0)], tmp_path / "large", precision="nf4").kept >= 0.9
