@@ -28,9 +28,9 @@ class Choices:
         """A label for each place of an axis. ConfigError for an unknown axis."""
         if axis not in AXES:
             raise ConfigError(f"axis {axis!r} is none; expected one of {', '.join(AXES)}")
-        factors = ["base" if factor == 0 else f"× {factor}" for factor in self.factors]
+        factors = ["base" if factor == 0 else f"x {factor}" for factor in self.factors]
         return {
-            "weight": [label.replace("× ", "") if "@" in label else label for label in factors],
+            "weight": [label.replace("x ", "") if "@" in label else label for label in factors],
             "adapter": list(self.adapters),
             "prompt": list(self.prompts),
             "seed": [f"seed {seed}" for seed in self.seeds],
