@@ -118,7 +118,7 @@ def test_grid_over_its_axes(shelf: Path) -> None:
         "a": [0.5, 0, 0.5, 0],
         "b": [0, {"unet": 2}, 0, {"unet": 2}],
     }
-    assert choices.labels("weight") == ["base", "× 2", "0@0,1@1"]
+    assert choices.labels("weight") == ["base", "x 2", "0@0,1@1"]
     with pytest.raises(ConfigError, match="two different"):
         grid_order(choices, "seed", "seed")
     ink = shelf / "loras" / "ink.safetensors"
