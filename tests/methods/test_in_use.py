@@ -114,7 +114,7 @@ def test_it_trains_from_a_configuration_over_nf4_and_draws_what_it_learned(tmp_p
 
 
 def test_settings_that_a_method_has_not_are_refused() -> None:
-    with pytest.raises(ConfigError, match="oft.*rslora"):
+    with pytest.raises(ConfigError, match="rslora"):
         new_method("oft", rank=4, rslora=True)
     with pytest.raises(ConfigError, match="no rank axis"):
         attach(tiny.unet(), new_method("loha", rank=4), dropout=0.1)
