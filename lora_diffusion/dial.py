@@ -42,7 +42,7 @@ class Dial:
         self._numbers: list[float] = []
         self._scheduled: list[int] = []
         self._gains = torch.zeros(0)
-        self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)  # until it is bound
+        self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         self._hook: RemovableHandle | None = None
 
     def bind(self, slots: Mapping[str, Slot], weights: Mapping[str, Resolved]) -> None:
