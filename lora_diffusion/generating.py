@@ -1,17 +1,21 @@
-"""Drawing pictures: one seed a picture, the same picture whatever the batch."""
+"""Drawing pictures: one seed a picture, and a recipe in each by which it can be made again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.files import load_adapter
+from lora_diffusion.gates import spell_weight
+from lora_diffusion.library import by_image
 from lora_diffusion.stack import AdapterStack
 
 RECIPE = "lora_diffusion"  # the PNG text chunk that says how a picture was made
@@ -27,6 +31,21 @@ class Drawing:
     negative: str | None = None
     batch: int = 8
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Pictures to draw: a prompt and a seed each, and each adapter's weight for each of them."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    weights: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def part(self, start: int, count: int) -> Order:
+        """The pictures from `start` on."""
+        to = start + count
+        weights = {name: row[start:to] for name, row in self.weights.items()}
+        return Order(self.prompts[start:to], self.seeds[start:to], weights)
 
 
 def draw(
@@ -47,6 +66,26 @@ def draw(
     return pictures
 
 
+def draw_order(
+    pipe: Any,
+    stack: AdapterStack,
+    order: Order,
+    how: Drawing,
+    base: str,
+    precision: str | None,
+    listen: Callable[[int], None] = lambda done: None,
+) -> list[tuple[Image.Image, dict[str, Any]]]:
+    """(picture, recipe) for each of the order, every picture with its own mix of the stack's adapters."""
+    made: list[tuple[Image.Image, dict[str, Any]]] = []
+    for start in range(0, len(order.prompts), how.batch):
+        part = order.part(start, how.batch)
+        stack.weigh_all(by_image(part.weights))
+        pictures = draw(pipe, part.prompts, part.seeds, how)
+        made += [(picture, recipe(part, i, how, base, precision, stack)) for i, picture in enumerate(pictures)]
+        listen(len(made))
+    return made
+
+
 def _arguments(how: Drawing, count: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"num_inference_steps": how.steps, "guidance_scale": how.guidance, **how.extra}
     if how.size is not None:
@@ -57,14 +96,25 @@ def _arguments(how: Drawing, count: int) -> dict[str, Any]:
 
 
 def recipe(
-    prompt: str, seed: int, how: Drawing, base: str, precision: str | None, stack: AdapterStack
+    order: Order, index: int, how: Drawing, base: str, precision: str | None, stack: AdapterStack
 ) -> dict[str, Any]:
-    """How a picture was made, as JSON can say it; adapters by content hash."""
+    """How picture `index` of one batch was made, as JSON can say it; adapters by content hash.
+
+    It holds the whole batch: the last bits of a picture can depend on what is drawn beside it.
+    """
     adapters = [
-        {"name": name, "sha256": stack[name].content_hash, "weight": weight} for name, weight in stack.weights.items()
+        {
+            "name": name,
+            "file": str(stack[name].source or ""),
+            "sha256": stack[name].content_hash,
+            "weights": [spell_weight(one) for one in order.weights.get(name, [stack.weights[name]] * len(order.seeds))],
+        }
+        for name in stack
     ]
     drawing = {"steps": how.steps, "guidance": how.guidance, "size": how.size, "negative": how.negative}
-    return {"prompt": prompt, "seed": seed, "base": base, "precision": precision, **drawing, "adapters": adapters}
+    batch = {"index": index, "prompts": list(order.prompts), "seeds": list(order.seeds)}
+    picture = {"prompt": order.prompts[index], "seed": order.seeds[index], "base": base, "precision": precision}
+    return {**picture, **drawing, "adapters": adapters, "batch": batch}
 
 
 def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None:
@@ -72,3 +122,59 @@ def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None
     info = PngInfo()
     info.add_text(RECIPE, json.dumps(made, ensure_ascii=False, default=dict))
     picture.save(path, pnginfo=info)
+
+
+@dataclass(frozen=True)
+class Remake:
+    """What a picture says about how it was made: enough to make it again."""
+
+    order: Order
+    index: int
+    how: Drawing
+    base: str
+    precision: Any
+    adapters: tuple[tuple[str, str, str], ...]  # name, file, content hash
+
+
+def read_recipe(path: Path) -> Remake:
+    """The recipe in a PNG. ConfigError for a picture without one, or with one that is not whole."""
+    try:
+        with Image.open(path) as picture:
+            text = cast("dict[str, str]", getattr(picture, "text", {})).get(RECIPE)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path} cannot be read as a picture: {error}") from None
+    if text is None:
+        raise ConfigError(f"{path} carries no recipe; only pictures that lora-diffusion drew do")
+    try:
+        return _remake(json.loads(text))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: its recipe is not whole ({type(error).__name__}: {error})") from None
+
+
+def _remake(made: dict[str, Any]) -> Remake:
+    batch, adapters = made["batch"], made["adapters"]
+    count = len(batch["prompts"])
+    weights = {one["name"]: list(one["weights"]) for one in adapters}
+    if len(batch["seeds"]) != count or any(len(row) != count for row in weights.values()):
+        raise ValueError("prompts, seeds and weights are not as many")
+    order = Order([str(p) for p in batch["prompts"]], [int(s) for s in batch["seeds"]], weights)
+    size = None if made["size"] is None else (int(made["size"][0]), int(made["size"][1]))
+    how = Drawing(int(made["steps"]), float(made["guidance"]), size, made["negative"], batch=count)
+    files = tuple((str(one["name"]), str(one["file"]), str(one["sha256"])) for one in adapters)
+    return Remake(order, range(count)[int(batch["index"])], how, str(made["base"]), made["precision"], files)
+
+
+def add_again(stack: AdapterStack, remake: Remake, candidates: Sequence[Path]) -> None:
+    """Put the adapters of a recipe on, each found by its content among its old file and `candidates`.
+
+    ConfigError for one that is nowhere.
+    """
+    for name, file, sha256 in remake.adapters:
+        likely = sorted(candidates, key=lambda path: path.stem != Path(file).stem)
+        for path in [Path(file), *likely]:
+            if path.is_file() and (adapter := load_adapter(path)).content_hash == sha256:
+                stack.add(adapter, name=name)
+                break
+        else:
+            where = f"neither {file} nor one of {len(candidates)} other files has its content ({sha256[:12]}…)"
+            raise ConfigError(f"adapter {name!r} of the recipe: {where}; say where it is with --adapter or --library")

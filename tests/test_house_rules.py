@@ -27,11 +27,11 @@ LEVELS = (
     ("adapter", "branches"),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
-    ("attachment", "pipelines", "clock", "tokens", "fusing"),
+    ("attachment", "pipelines", "clock", "tokens", "fusing", "library"),
     ("dial",),
     ("stack", "training"),
     ("generating", "inspection", "merging"),
-    ("quickstart",),
+    ("quickstart", "axes"),
     ("cli",),
 )
 

@@ -7,12 +7,17 @@ from collections.abc import Callable
 
 import typer
 
+from lora_diffusion.cli.bake import bake
+from lora_diffusion.cli.conflicts import conflicts
 from lora_diffusion.cli.convert import convert
+from lora_diffusion.cli.extract import extract
 from lora_diffusion.cli.generate import generate
 from lora_diffusion.cli.grid import grid
 from lora_diffusion.cli.inspect import inspect
+from lora_diffusion.cli.merge import merge
 from lora_diffusion.cli.methods import methods
 from lora_diffusion.cli.quickstart import quickstart
+from lora_diffusion.cli.resize import resize
 from lora_diffusion.cli.train import train
 from lora_diffusion.errors import LoraDiffusionError
 
@@ -47,7 +52,7 @@ def run(*commands: Callable[..., None]) -> None:
 
 def main() -> None:
     """Entry point of `lora-diffusion`."""
-    run(quickstart, train, generate, grid, inspect, convert, methods)
+    run(quickstart, train, generate, grid, merge, resize, extract, bake, conflicts, inspect, convert, methods)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,9 @@ from lora_diffusion.cli.options import (
     Base,
     Device,
     Guidance,
+    Library,
     Negative,
+    Overwrite,
     Quantize,
     Size,
     Steps,
@@ -20,50 +22,115 @@ from lora_diffusion.cli.options import (
     parse_size,
     refuse_existing,
 )
+from lora_diffusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lora_diffusion.generating import Drawing, Order
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="What to draw; several make a batch, each with its own mix.")
+    ] = None,
     base: Base = None,
     adapter: Adapters = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG file; further pictures get -2, -3, …")] = Path(
         "picture.png"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures to draw.")] = 1,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures to draw of each prompt.")] = 1,
     steps: Steps = 30,
     guidance: Guidance = 5.0,
     size: Size = None,
     negative: Negative = None,
     quantize: Quantize = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
+    library: Library = Path("loras"),
+    remake: Annotated[
+        Path | None, typer.Option("--from", metavar="PICTURE", help="Make a picture that was drawn here again.")
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw pictures with any number of weighted adapters.
 
-    Example: `lora-diffusion generate "red apple" -a ink.safetensors:0.8 -a kiki.safetensors:0.5 -o apple.png`
+    Example: `lora-diffusion generate "red apple <lora:ink:0.8>" -a kiki.safetensors:0.5 -l styles -o apple.png`
+
+    Example: `lora-diffusion generate --from apple.png -o again.png`
     """
+    if bool(prompts) == bool(remake):
+        raise ConfigError("generate: give prompts or --from PICTURE, one of the two")
     weighted = [parse_adapter(text) for text in adapter or []]
     pixels = parse_size(size)
-    files = [out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(count)]
-    for file in files:
+    total = len(prompts or [""]) * count
+    files = [out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(total)]
+    for file in files if prompts else [out]:
         refuse_existing(file, overwrite)
 
-    from lora_diffusion.cli.progress import bar, say
-    from lora_diffusion.generating import Drawing, draw, recipe, save_picture
-    from lora_diffusion.pipelines import load_for_drawing
+    from lora_diffusion.cli.progress import say
+    from lora_diffusion.generating import Drawing, Order, read_recipe, save_picture
+    from lora_diffusion.library import Library, parse_prompts
     from lora_diffusion.quickstart import find_samples
+
+    if remake is not None:
+        made = _again(read_recipe(remake), [path for path, _ in weighted], library, device)
+        files = [out]
+    else:
+        texts, tags = parse_prompts([prompt for prompt in prompts or [] for _ in range(count)])
+        shelf = Library(library)
+        found = {name: shelf.find(name) for name in tags}
+        order = Order(texts, [seed + i for i in range(total)], tags)
+        how = Drawing(steps, guidance, pixels, negative)
+        model = base or str(find_samples(None) / "base"), quantize, device
+        made = _drawn(order, how, weighted, found, model)
+    for (picture, said), file in zip(made, files, strict=True):
+        save_picture(picture, file, said)
+    say("\n".join(map(str, files)))
+
+
+def _drawn(
+    order: Order, how: Drawing, weighted: list[tuple[Path, Any]], found: dict[str, Path], model: tuple[str, Any, str]
+) -> list[tuple[Image.Image, dict[str, Any]]]:
+    from dataclasses import replace
+
+    from lora_diffusion.cli.progress import bar
+    from lora_diffusion.generating import draw_order
+    from lora_diffusion.pipelines import load_for_drawing
     from lora_diffusion.stack import AdapterStack
 
-    base = base or str(find_samples(None) / "base")
+    base, quantize, device = model
     opened = load_for_drawing(base, quantize, device)
-    how = Drawing(steps, guidance, pixels, negative)
-    seeds = [seed + i for i in range(count)]
+    count = len(order.prompts)
     with AdapterStack(opened.pipe) as stack, bar() as progress:
-        for path, weight in weighted:
-            stack.add(path, weight)
+        fixed = {stack.add(path): weight for path, weight in weighted}
+        for name, path in found.items():
+            stack.add(path, 0.0, name=name)
+        order = replace(order, weights={**{n: [w] * count for n, w in fixed.items()}, **order.weights})
+        _mention_triggers(stack, order.prompts)
         task = progress.add_task("drawing", total=count, note="")
-        pictures = draw(opened.pipe, [prompt] * count, seeds, how, lambda n: progress.update(task, completed=n))
-        for picture, file, used in zip(pictures, files, seeds, strict=True):
-            save_picture(picture, file, recipe(prompt, used, how, base, quantize, stack))
-    say("\n".join(map(str, files)))
+        return draw_order(opened.pipe, stack, order, how, base, quantize, lambda n: progress.update(task, completed=n))
+
+
+def _again(remake: Any, files: list[Path], library: Path, device: str) -> list[tuple[Image.Image, dict[str, Any]]]:
+    from lora_diffusion.generating import add_again, draw_order
+    from lora_diffusion.library import Library
+    from lora_diffusion.pipelines import load_for_drawing
+    from lora_diffusion.stack import AdapterStack
+
+    opened = load_for_drawing(remake.base, remake.precision, device)
+    candidates = [*files, *(Library(library).files if library.is_dir() else [])]
+    with AdapterStack(opened.pipe) as stack:
+        add_again(stack, remake, candidates)
+        made = draw_order(opened.pipe, stack, remake.order, remake.how, remake.base, remake.precision)
+    return [made[remake.index]]
+
+
+def _mention_triggers(stack: Any, prompts: Any) -> None:
+    from lora_diffusion.cli.progress import say
+    from lora_diffusion.formats.identity import trigger_words
+
+    for name in stack:
+        words = trigger_words(stack[name].metadata) if "modelspec.trigger_phrase" in stack[name].metadata else []
+        if words and not any(word in prompt for word in words for prompt in prompts):
+            say(f"{name}: trained with {', '.join(words)}, which no prompt mentions")

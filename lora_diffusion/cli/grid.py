@@ -13,6 +13,7 @@ from lora_diffusion.cli.options import (
     Device,
     Guidance,
     Negative,
+    Overwrite,
     Quantize,
     Size,
     Steps,
@@ -24,63 +25,63 @@ from lora_diffusion.errors import ConfigError
 
 
 def grid(
-    prompts: Annotated[list[str], typer.Argument(help="One row each.")],
+    prompts: Annotated[list[str], typer.Argument(help="Prompts.")],
     base: Base = None,
     adapter: Adapters = None,
-    weights: Annotated[str, typer.Option(help="One column each: factors on every adapter's weight.")] = "0,0.5,1",
+    columns: Annotated[str, typer.Option(help="What changes across: weight, adapter, prompt or seed.")] = "weight",
+    rows: Annotated[str, typer.Option(help="What changes downwards: weight, adapter, prompt or seed.")] = "prompt",
+    weights: Annotated[
+        str, typer.Option(help="Factors on every adapter's weight; with schedules: 0;0.5;0@0,1@0.5.")
+    ] = "0,0.5,1",
+    seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Seeds, with commas between them.")] = "0",
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG file.")] = Path("grid.png"),
-    seed: Annotated[int, typer.Option(help="The same for every picture.")] = 0,
     steps: Steps = 30,
     guidance: Guidance = 5.0,
     size: Size = None,
     negative: Negative = None,
     quantize: Quantize = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """A labelled contact sheet: prompts down, strengths of the adapters across.
+    """A labelled contact sheet over two of weight (and schedule), adapter, prompt and seed.
 
     Example: `lora-diffusion grid "red apple" "cat face" -a ink.safetensors --weights 0,0.4,0.8,1.2`
+
+    Example: `lora-diffusion grid "red apple" -a ink.safetensors -a kiki.safetensors --columns adapter --rows seed`
     """
     weighted = [parse_adapter(text) for text in adapter or []]
     pixels = parse_size(size)
-    factors = _numbers(weights)
     refuse_existing(out, overwrite)
 
+    from lora_diffusion.axes import Choices, grid_order, parse_factors
     from lora_diffusion.cli.progress import bar, say
-    from lora_diffusion.generating import Drawing, draw
+    from lora_diffusion.generating import Drawing, draw_order
     from lora_diffusion.pipelines import load_for_drawing
     from lora_diffusion.quickstart import find_samples
     from lora_diffusion.sheet import contact_sheet
     from lora_diffusion.stack import AdapterStack
 
+    numbers, factors = _seeds(seeds), parse_factors(weights)
+    for axis in (columns, rows):
+        if not Choices(prompts, numbers, {str(path): weight for path, weight in weighted}, factors).labels(axis):
+            raise ConfigError(f"axis {axis!r} has nothing on it; name adapters with --adapter")
     base = base or str(find_samples(None) / "base")
     opened = load_for_drawing(base, quantize, device)
     how = Drawing(steps, guidance, pixels, negative)
-    columns = []
     with AdapterStack(opened.pipe) as stack, bar() as progress:
-        names = [(stack.add(path), weight) for path, weight in weighted]
-        task = progress.add_task("drawing", total=len(factors) * len(prompts), note="")
-        for factor in factors:
-            for name, weight in names:
-                stack.weigh(name, factor * weight)
-            done = len(columns) * len(prompts)
-            drawn = draw(
-                opened.pipe,
-                prompts,
-                [seed] * len(prompts),
-                how,
-                lambda n, done=done: progress.update(task, completed=done + n),
-            )
-            columns.append(drawn)
-    title = " + ".join(f"{path.stem} {weight:g}" for path, weight in weighted)
-    heads = ["base" if factor == 0 else f"× {factor:g}" for factor in factors]
-    contact_sheet(list(zip(*columns, strict=True)), prompts, heads, title=title).save(out)
+        choices = Choices(prompts, numbers, {stack.add(path): weight for path, weight in weighted}, factors)
+        order = grid_order(choices, columns, rows)
+        task = progress.add_task("drawing", total=len(order.prompts), note="")
+        made = draw_order(opened.pipe, stack, order, how, base, quantize, lambda n: progress.update(task, completed=n))
+    across, down = choices.labels(columns), choices.labels(rows)
+    pictures = [[made[r * len(across) + c][0] for c in range(len(across))] for r in range(len(down))]
+    title = " + ".join(f"{name} {weight}" for name, weight in choices.adapters.items())
+    contact_sheet(pictures, down, across, title=title).save(out)
     say(str(out))
 
 
-def _numbers(text: str) -> list[float]:
+def _seeds(text: str) -> list[int]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--weights {text!r}: expected numbers with commas between them, such as 0,0.5,1") from None
+        raise ConfigError(f"--seeds {text!r}: expected whole numbers with commas between them, such as 0,1,2") from None

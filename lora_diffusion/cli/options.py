@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,7 +16,10 @@ Base = Annotated[
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
-        "--adapter", "-a", metavar="FILE[:WEIGHT]", help="Adapter file and its weight (default 1); repeatable."
+        "--adapter",
+        "-a",
+        metavar="FILE[:WEIGHT]",
+        help="Adapter and weight: 0.8, 0@0,1@0.5, te=0.5:unet=1; repeatable.",
     ),
 ]
 Quantize = Annotated[
@@ -26,21 +29,32 @@ Quantize = Annotated[
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")]
+Library = Annotated[
+    Path, typer.Option("--library", "-l", metavar="FOLDER", help="Where `<lora:name:weight>` in a prompt looks.")
+]
+Merging = Annotated[
+    list[str], typer.Argument(metavar="FILE[:WEIGHT]...", help="Adapter files and their weights (default 1).")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Adapter file to write.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
+Format = Annotated[str, typer.Option(help="Spelling of the file: diffusers, kohya, comfy, …")]
 Size = Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Picture size (default: the base model's own).")]
 Negative = Annotated[str | None, typer.Option(help="Negative prompt.")]
 
 
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """`style.safetensors:0.8` -> (path, weight). ConfigError for a file that is not there or a weight that is none."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        path, weight = text, "1"
-    if not Path(path).is_file():
-        raise ConfigError(f"adapter file {path!r} is not there")
-    try:
-        return Path(path), float(weight)
-    except ValueError:
-        raise ConfigError(f"adapter {text!r}: weight {weight!r} is no number") from None
+def parse_adapter(text: str) -> tuple[Path, Any]:
+    """`style.safetensors:0.8` or `…:te=0.5:unet=0@0,1@0.5` -> (path, weight).
+
+    ConfigError for a file that is not there or a weight that is none.
+    """
+    from lora_diffusion.gates import parse_weight
+
+    parts = text.split(":")
+    for end in range(len(parts), 0, -1):
+        path = Path(":".join(parts[:end]))
+        if path.is_file():
+            return path, parse_weight(":".join(parts[end:])) if parts[end:] else 1.0
+    raise ConfigError(f"adapter file {parts[0]!r} is not there")
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

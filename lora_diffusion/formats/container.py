@@ -84,11 +84,12 @@ def read(path: Path, accept: Callable[[Header], object] | None = None) -> tuple[
         if accept:
             accept(header)
         size = max((entry.end for entry in header.entries.values()), default=0)
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(-(-size // 8) * 8, dtype=torch.uint8)  # whole elements of every dtype
         file.seek(header.data)
-        if size and cast("Any", file).readinto(buffer.numpy().data) != size:
+        if not _fill(file, buffer.numpy().data[:size]):
             raise AdapterFileError(f"{path.name}: the file became shorter while it was read")
-    return {name: _view(buffer, entry) for name, entry in header.entries.items()}, header.metadata
+    typed = {dtype: buffer.view(getattr(torch, name)) for dtype, (_, name) in DTYPES.items()}
+    return {name: _view(typed[entry.dtype], entry) for name, entry in header.entries.items()}, header.metadata
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = False) -> None:
@@ -116,6 +117,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _fill(file: BinaryIO, target: memoryview) -> bool:
+    """Read into all of `target`; one call gives at most 2 GiB. False at the end of the file."""
+    done = 0
+    while done < len(target):
+        count = cast("Any", file).readinto(target[done:])
+        if not count:
+            return False
+        done += count
+    return True
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -249,14 +261,20 @@ def _check_ranges(entries: dict[str, Entry], size: int, path: Path) -> None:
         )
 
 
-def _view(buffer: Tensor, entry: Entry) -> Tensor:
+def _view(elements: Tensor, entry: Entry) -> Tensor:
+    """The part of the buffer, seen as elements of the entry's dtype, that is its tensor: one call, no copy."""
     import torch
 
-    width, dtype = DTYPES[entry.dtype]
-    part = buffer[entry.begin : entry.end]
-    if part.data_ptr() % width:  # the format asks for no alignment; torch does
-        part = part.clone()
-    return part.view(getattr(torch, dtype)).view(entry.shape)
+    width = DTYPES[entry.dtype][0]
+    if entry.begin % width:  # the format asks for no alignment; torch does
+        part = elements.view(torch.uint8)[entry.begin : entry.end].clone()
+        return part.view(elements.dtype).view(entry.shape)
+    strides: list[int] = []
+    step = 1
+    for length in reversed(entry.shape):
+        strides.insert(0, step)
+        step *= length
+    return elements.as_strided(entry.shape, strides, entry.begin // width)
 
 
 def _serialise(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from lora_diffusion.gates.levels import Call, Level, entry_gate, is_live, number
 from lora_diffusion.gates.masks import Region
 from lora_diffusion.gates.resolving import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.schedules import Keyframes, Window, linear, parse_schedule, window
-from lora_diffusion.gates.spelling import parse_weight, spell_weight
+from lora_diffusion.gates.spelling import parse_weight, spell_weight, times
 
 __all__ = [
     "Call",
@@ -37,5 +37,6 @@ __all__ = [
     "parse_weight",
     "resolve_weight",
     "spell_weight",
+    "times",
     "window",
 ]

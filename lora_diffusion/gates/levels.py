@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def check_level(level: Any, adapter: str) -> Level:
         inner, cover = check_level(level.weight, adapter), level.uniform()
         return inner if cover == 1 else 0.0 if cover == 0 else level
     if callable(level):
-        return level
+        return cast("Schedule", level)
     if isinstance(level, bool) or not isinstance(level, int | float) or not math.isfinite(level):
         raise ConfigError(f"adapter {adapter!r}: weight {level!r} is not a finite number")
     return float(level)

@@ -42,3 +42,19 @@ def spell_weight(weight: Any) -> Any:
     if isinstance(weight, int | float | str):
         return weight
     raise ConfigError(f"weight {weight!r} cannot be written down; a recipe holds numbers, schedules, lists and parts")
+
+
+def times(weight: Any, factor: Any) -> Any:
+    """`weight` multiplied by `factor`; one of them may be a schedule as text. ConfigError for two schedules."""
+    if isinstance(weight, Mapping):
+        return {key: times(value, factor) for key, value in weight.items()}
+    if isinstance(weight, str) and isinstance(factor, str):
+        raise ConfigError(f"weights {weight!r} and {factor!r} are both schedules; expected a number for one")
+    if isinstance(factor, str):
+        weight, factor = factor, weight
+    if not isinstance(weight, str):
+        return weight * factor
+    schedule = parse_schedule(weight)
+    if isinstance(schedule, Window):
+        return str(Window(schedule.weight * factor, schedule.start, schedule.end))
+    return str(Keyframes(tuple((at, value * factor) for at, value in schedule.points)))

@@ -8,7 +8,7 @@ of sixteen values, and a small delta can vanish there: how much survives is meas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,11 +57,12 @@ def bake(
         raise ConfigError(f"{out} exists and is not empty; choose another folder to bake into")
     pipe = load_pipeline(base, precision="fp32", device="cpu").pipe
     into = precision or _stored(base)
+    small = to_quantise(denoiser_of(pipe)) if into == "nf4" else set()
     stack, kept = AdapterStack(pipe), 1.0
     for adapter, weight in adapters:
         stack.add(adapter, weight)
     if into == "nf4":
-        kept = survival(denoiser_of(pipe), stack)
+        kept = survival(denoiser_of(pipe), stack, small)
         if kept < LEAST_KEPT and not force:
             raise ConfigError(
                 f"bake: {kept:.2f} of the delta would survive in nf4, expected at least {LEAST_KEPT}; "
@@ -72,13 +73,18 @@ def bake(
     return Baked(out, into, kept)
 
 
-def survival(denoiser: nn.Module, stack: AdapterStack) -> float:
-    """The share of the stack's delta that NF4 would keep on those layers of a dense denoiser that it quantises."""
-    fates = plan(denoiser, "nf4")
+def to_quantise(denoiser: nn.Module) -> set[str]:
+    """The layers of a dense denoiser without adapters that NF4 quantises."""
+    fates = plan(denoiser, "nf4", keep=(), eight_bit=(), keep_adaln=False)
+    return {name for name, fate in fates.items() if fate.stored == "nf4"}
+
+
+def survival(denoiser: nn.Module, stack: AdapterStack, small: Collection[str]) -> float:
+    """The share of the stack's delta that NF4 would keep on the layers `small` of a dense denoiser."""
     applied = whole = 0.0
     for name, slot in next(slots for component, slots in stack.slots.items() if component in DENOISERS).items():
         layer = denoiser.get_submodule(name)
-        if isinstance(layer, nn.Linear) and name in fates and fates[name].stored == "nf4":
+        if isinstance(layer, nn.Linear) and name in small:
             merged = slot.merged(layer.weight)
             delta = merged - layer.weight
             applied += float(((_rounded(layer, merged) - _rounded(layer, layer.weight)) * delta).sum())
@@ -97,7 +103,7 @@ def _stored(base: str | Path) -> Into:
     for component in DENOISERS:
         if (folder := Path(base).expanduser() / component).is_dir():
             dtype = next(tensor.dtype for tensor in WeightFiles(folder).values() if tensor.is_floating_point())
-            return next((name for name in ("bf16", "fp16") if DTYPES[name] == dtype), "fp32")
+            return "bf16" if dtype == torch.bfloat16 else "fp16" if dtype == torch.float16 else "fp32"
     return "bf16"
 
 

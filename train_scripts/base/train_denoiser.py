@@ -7,6 +7,7 @@
 Goes on from `WORK/denoiser.state` with the same command; a larger `--samples` prolongs the run (the
 rate is constant). `--cool N` brings the rate down over the last N samples, for the model that ships;
 the state from before is kept as `WORK/denoiser.warm.state`: rename it to go on at the full rate.
+`--start samples/base` begins a fresh run from exported weights, for want of a state.
 Pictures are encoded once by `WORK/vae`; `export.py` makes a pipeline of any state.
 """
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from denoiser import build_denoiser, build_scheduler, train_tokenizer
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from icons import DEFAULT_STYLE, captions
 from resumable import Run, steady
 from torch import Tensor, nn
@@ -102,6 +103,19 @@ def velocity_loss(
     return F.mse_loss(guess.float(), signal * noise - sigma * latents)
 
 
+def borrow(base: Path, work: Path) -> None:
+    """The exported base's VAE and tokenizer: its U-Net knows no others."""
+    for part in ("vae", "tokenizer"):
+        shutil.copytree(base / part, work / part, dirs_exist_ok=True)
+
+
+def load_weights(parts: nn.ModuleDict, base: Path) -> None:
+    """The exported weights into the U-Net and the text encoder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    for name, part in parts.items():
+        part.load_state_dict(getattr(pipeline, name).state_dict())
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cool", type=int, default=0, help="bring the rate down over the last so many samples")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--start", type=Path, help="exported base to begin from where WORK has no state")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (and save) after this long")
     return parser.parse_args()
 
@@ -120,8 +135,13 @@ def main() -> None:
     args = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)  # the same fresh weights in every process
+    fresh = not (args.work / "denoiser.state").exists()
+    if args.start and fresh:
+        borrow(args.start, args.work)
     examples, tokenizer = load_examples(args.work, device)
     parts = build_denoiser(tokenizer).to(device)
+    if args.start and fresh:
+        load_weights(parts, args.start)
     alphas = build_scheduler().alphas_cumprod.to(device)
     warm = args.samples - args.cool
     rate = steady(args.samples, args.cool)

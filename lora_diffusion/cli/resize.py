@@ -1,0 +1,44 @@
+"""`lora-diffusion resize`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_diffusion.cli.options import Format, Out, Overwrite, parse_adapter, refuse_existing
+
+
+def resize(
+    adapter: Annotated[str, typer.Argument(metavar="FILE", help="Adapter file.")],
+    out: Out = Path("resized.safetensors"),
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer, or the most a layer gets.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of each layer's energy to keep, such as 0.95.")] = None,
+    frobenius: Annotated[float | None, typer.Option(help="Share of each layer's norm to keep.")] = None,
+    format: Format = "diffusers",
+    overwrite: Overwrite = False,
+) -> None:
+    """Lower the rank of an adapter: a smaller file that does nearly the same.
+
+    Example: `lora-diffusion resize style.safetensors --energy 0.95 --rank 16 -o small.safetensors`
+    """
+    path, _ = parse_adapter(adapter)
+    refuse_existing(out, overwrite)
+
+    from lora_diffusion.cli.progress import bar, console
+    from lora_diffusion.formats.files import load_adapter, save_adapter
+    from lora_diffusion.merging import resize as resize_adapter
+
+    with bar() as progress:
+        task = progress.add_task("resizing", total=None, note="")
+        smaller = resize_adapter(
+            load_adapter(path),
+            rank=rank,
+            energy=energy,
+            frobenius=frobenius,
+            listen=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    save_adapter(smaller.adapter, out, format=format, overwrite=overwrite)
+    ranks = sorted(smaller.ranks.values())
+    console.print(f"{out}: ranks {ranks[0]} to {ranks[-1]}, {smaller.kept:.2%} of the energy kept", highlight=False)

@@ -1,0 +1,148 @@
+"""Methods where people meet them: in a training configuration, on a pipeline, in the list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from diffusers import DiffusionPipeline
+from typer.testing import CliRunner
+
+from lora_diffusion import Adapter, AdapterStack, LayerAdapter, TrainConfig, load_adapter, train
+from lora_diffusion.attachment import attach
+from lora_diffusion.cli.methods import methods
+from lora_diffusion.errors import AdapterMismatchError, ConfigError
+from lora_diffusion.inspection.methods import registered
+from lora_diffusion.methods import METHODS, new_method
+from lora_diffusion.methods.lora import LoRA
+from lora_diffusion.targets import find_targets
+from tests import tiny
+from tests.training.pictures import settings
+
+
+def random_adapter(pipe: object, name: str, targets: str = "attention+conv") -> Adapter:
+    layers: dict[str, LayerAdapter] = {}
+    method = new_method(name, rank=2)
+    for path, layer in find_targets(pipe.unet, targets).items():  # type: ignore[attr-defined]
+        if method.supports(layer):
+            layers[path] = method.fresh(layer)
+            for tensor in layers[path].tensors.values():
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn_like(tensor) * 0.1)
+    return Adapter(name, {"unet": layers})
+
+
+def test_all_methods_stack_on_one_pipeline_in_any_order_and_come_off_without_a_trace() -> None:
+    pipe = tiny.sd()
+    adapters = [random_adapter(pipe, name) for name in METHODS if name != "norm"]
+    plain, tree = tiny.picture(pipe), repr(pipe.unet)
+    pictures = []
+    for order in (adapters, adapters[::-1]):
+        with AdapterStack(pipe) as stack:
+            for adapter in order:
+                stack.add(adapter, 0.3)
+            pictures.append(tiny.picture(pipe))
+            stack.weigh_all(dict.fromkeys(stack, 0.0))
+            np.testing.assert_array_equal(tiny.picture(pipe), plain)
+            stack.weigh("dora", "0@0,1@1")
+            stack.weigh("loha", {"unet": 0.5})
+            assert np.abs(tiny.picture(pipe) - plain).max() > 1e-3
+        np.testing.assert_array_equal(tiny.picture(pipe), plain)
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert np.abs(pictures[0] - plain).max() > 1e-3
+    assert repr(pipe.unet) == tree
+
+
+def test_each_image_of_a_batch_has_its_own_weight_of_a_branch() -> None:
+    pipe = tiny.sd()
+    adapter = random_adapter(pipe, "dora")
+    with AdapterStack(pipe) as stack:
+        stack.add(adapter, [0.0, 1.0])
+        layer = pipe.unet.get_submodule(next(iter(adapter.layers["unet"])))
+        assert layer.adapters.live is not None
+        both = pipe("x", num_images_per_prompt=2, num_inference_steps=1, output_type="np", generator=seeds()).images
+    first = pipe("x", num_images_per_prompt=2, num_inference_steps=1, output_type="np", generator=seeds()).images
+    np.testing.assert_allclose(both[0], first[0], atol=1e-5)
+    assert np.abs(both[1] - first[1]).max() > 1e-4
+
+
+def seeds() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(2)]
+
+
+def test_a_branch_is_not_fused() -> None:
+    pipe = tiny.sd()
+    with AdapterStack(pipe) as stack:
+        stack.add(random_adapter(pipe, "loha"))
+        with pytest.raises(ConfigError, match="no low-rank pair"):
+            stack.fuse()
+
+
+def test_norms_go_on_and_off() -> None:
+    pipe = tiny.sd()
+    name, layer = next((n, m) for n, m in pipe.unet.named_modules() if METHODS["norm"].supports(m))
+    plain = tiny.picture(pipe)
+    shares = {"w_norm": torch.randn(layer.weight.shape), "b_norm": torch.randn(layer.weight.shape)}
+    with AdapterStack(pipe) as stack:
+        stack.add(Adapter("n", {"unet": {name: LayerAdapter("norm", shares)}}))
+        assert np.abs(tiny.picture(pipe) - plain).max() > 1e-4
+    np.testing.assert_array_equal(tiny.picture(pipe), plain)
+
+
+@pytest.mark.parametrize("method", ["dora", "lokr"])
+def test_it_trains_from_a_configuration_over_nf4_and_draws_what_it_learned(tmp_path: Path, method: str) -> None:
+    given = settings(tmp_path, lr=3e-2, up_ratio=4.0)
+    given["adapter"] |= {"method": method, "rslora": True}
+    result = train(TrainConfig.parse(given))
+    assert result.backbone_unchanged
+    assert result.adapter is not None
+    adapter = load_adapter(result.adapter)
+    assert adapter.methods == {method}
+    assert adapter.spelling == ("diffusers" if method == "dora" else "kohya")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    plain = tiny.picture(pipe)
+    with AdapterStack(pipe) as stack:
+        stack.add(adapter)
+        ours = tiny.picture(pipe)
+    assert np.abs(ours - plain).max() > 1e-3
+    if method == "dora":
+        pipe.load_lora_weights(result.adapter)
+        np.testing.assert_allclose(ours, tiny.picture(pipe), atol=1e-4)
+
+
+def test_settings_that_a_method_has_not_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"oft.*rslora"):
+        new_method("oft", rank=4, rslora=True)
+    with pytest.raises(ConfigError, match="no rank axis"):
+        attach(tiny.unet(), new_method("loha", rank=4), dropout=0.1)
+
+
+def test_rslora_is_kept_as_an_alpha() -> None:
+    adapter = LoRA(16, 4.0, rslora=True).fresh(torch.nn.Linear(4, 4))
+    assert LoRA.scale(adapter) == 4.0 / 16**0.5
+
+
+def test_another_methods_tensors_are_not_loaded_into_an_attachment() -> None:
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(16, 24)})
+    with attach(model, new_method("loha", rank=4)) as loha:
+        other = loha.adapter("x")
+    with attach(model, new_method("lokr", rank=4)) as lokr, pytest.raises(AdapterMismatchError, match="expected lokr"):
+        lokr.load(other)
+
+
+def test_the_list_names_every_method_and_counts(tmp_path: Path) -> None:
+    rows = {row.name: row for row in registered(tiny.unet(), "attention", 2)}
+    assert list(rows) == list(METHODS)
+    with attach(tiny.unet(), LoRA(2), "attention") as attachment:
+        assert rows["lora"].parameters == sum(p.numel() for p in attachment.parameters())
+    assert rows["locon"].parameters is None
+    assert rows["dora"].about.startswith("DoRA")
+    tiny.sd().save_pretrained(tmp_path / "base")
+    app = typer.Typer()
+    app.command()(methods)
+    said = CliRunner().invoke(app, ["--base", str(tmp_path / "base"), "--rank", "2"], env={"COLUMNS": "200"}).output
+    assert all(name in said for name in METHODS)
+    assert f"{rows['ia3'].parameters:,}" in said
