@@ -113,8 +113,9 @@ class Slot(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """`out` (the frozen layer's output for `x`) with all pairs added."""
-        gate, first = self._gate(out), sum(rank for _, rank, _ in self.pairs)
-        if self.branches:
+        gate = self._gate(out)
+        if self.branches:  # reading `pairs` here only: a compiled graph must not depend on what is packed
+            first = sum(rank for _, rank, _ in self.pairs)
             gate = torch.cat([gate[..., :first], gate[..., first + len(self.branches) :]], dim=-1)
         if self.training and self.dropout:
             gate = gate * self._keep(x) / (1 - self.dropout)

@@ -42,7 +42,7 @@ ONLY_IN = {
     "lycoris": (),
     "pickle": (),
     "typer": ("cli/",),
-    "rich": ("cli/",),
+    "rich": ("cli/", "inspection/coverage.py"),  # a report prints itself as a table
 }
 
 #: room -> what its files never import
@@ -55,7 +55,9 @@ NEVER = {
 WITHOUT_TORCH = ("data/buckets.py", "data/captions.py", "data/examples.py", "data/pictures.py", "data/prepare.py")
 
 #: files that may be longer than 300 lines, and why
-LONG: dict[str, str] = {}
+LONG: dict[str, str] = {
+    "lora_diffusion/formats/container.py": "every check on an untrusted header, in the order they must run"
+}
 LONGEST = 300
 FORBIDDEN_WORDS = ("util", "helper", "manager", "_v2", "misc", "common")
 
