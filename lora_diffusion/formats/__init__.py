@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.registry import Registry
 
 if TYPE_CHECKING:  # a header can be looked at without torch
@@ -26,6 +27,13 @@ class Parsed:
     layers: dict[str, dict[str, LayerAdapter]]
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)  # key -> why it was not used
+
+
+def check_components(adapter: Adapter, named: Collection[str], spelling: str) -> None:
+    """AdapterFileError where an adapter has components that a spelling has no name for."""
+    homeless = sorted(set(adapter.layers) - set(named))
+    if homeless:
+        raise AdapterFileError(f"adapter {adapter.name!r}: the {spelling} spelling has no name for {some(homeless)}")
 
 
 class Format(Protocol):

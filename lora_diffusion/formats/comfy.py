@@ -16,8 +16,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from lora_diffusion.adapter import Adapter, same_layer
-from lora_diffusion.errors import AdapterFileError, some
-from lora_diffusion.formats import Parsed
+from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
 from lora_diffusion.formats.kohya import layer_tensors
@@ -50,9 +49,7 @@ class Comfy:
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata. AdapterFileError for components or methods without a name here."""
         who = f"adapter {adapter.name!r}"
-        homeless = sorted(adapter.layers.keys() - _PREFIXES.keys())
-        if homeless:
-            raise AdapterFileError(f"{who}: the ComfyUI spelling has no name for {some(homeless)}")
+        check_components(adapter, _PREFIXES, "ComfyUI")
         tensors = bundled(adapter.embeddings, who)
         for component, name, layer in adapter:
             clip = component in ("text_encoder", "text_encoder_2") and same_layer(name).startswith("encoder_layers_")

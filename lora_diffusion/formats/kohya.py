@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_diffusion.adapter import Adapter, LayerAdapter, flat, same_layer
 from lora_diffusion.errors import AdapterFileError, some
-from lora_diffusion.formats import Parsed
+from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
 
@@ -72,9 +72,7 @@ class Kohya:
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata. AdapterFileError for what has no kohya name: tokens, other components or methods."""
         who = f"adapter {adapter.name!r}"
-        homeless = sorted(adapter.layers.keys() - _PREFIXES.keys())
-        if homeless:
-            raise AdapterFileError(f"{who}: the kohya spelling has no name for {some(homeless)}")
+        check_components(adapter, _PREFIXES, "kohya")
         only = "text_encoder_2" not in adapter.layers and "text_encoder_3" not in adapter.layers
         prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if only else _PREFIXES
         tensors = bundled(adapter.embeddings, who)
