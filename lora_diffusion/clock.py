@@ -21,11 +21,13 @@ class Clock:
         self._seen: Tensor | None = None  # the scheduler's timesteps of the current run: new ones with each run
         self._times = torch.zeros(1)
         self._start = 0
+        self.step = 0  # of the call that progress was last asked for, from 0
 
     def progress(self, timestep: Any) -> float:
         """Progress in [0, 1] at `timestep` (a number or (batch,)), as the denoiser gets it."""
         timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
         if timestep is None or not isinstance(timesteps, Tensor) or not len(timesteps):
+            self.step = 0
             return 0.0
         started = self._seen is timesteps
         if not started:
@@ -34,8 +36,8 @@ class Clock:
         index = self._index(float(torch.as_tensor(timestep).double().flatten()[0]))
         if not started or index < self._start:
             self._start = index
-        steps = len(self._times) - 1 - self._start
-        return (index - self._start) / steps if steps else 0.0
+        steps, self.step = len(self._times) - 1 - self._start, index - self._start
+        return self.step / steps if steps else 0.0
 
     def _index(self, timestep: float) -> int:
         """Where it is among the run's timesteps; transformers get it in [0, 1], some of them reversed."""

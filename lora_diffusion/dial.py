@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.clock import Clock
+from lora_diffusion.composing import Composition, alone, averaged, repeated
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.gates import Call, Level, Resolved, entry_gate, is_live, number_at
 from lora_diffusion.lora import Slot
 
@@ -43,48 +46,79 @@ class Dial:
         self._scheduled: list[int] = []
         self._gains = torch.zeros(0)
         self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        self._hook: RemovableHandle | None = None
+        self._hooks: tuple[RemovableHandle, ...] = ()
+        self._listening = (False, False)
+        self.composition = Composition()
+        self._order: list[str] = []  # adapters as they were added
+        self._taking_part: list[str] = []  # those that are on, where they do not simply add up
+        self._turn: str | None = None  # the one that is on in this step; None: all
 
-    def bind(self, slots: Mapping[str, Slot], weights: Mapping[str, Resolved]) -> None:
-        """Take over the gates of these slots (layer name -> slot) at these weights (adapter -> levels)."""
-        self.slots = dict(slots)
+    def bind(
+        self,
+        slots: Mapping[str, Slot],
+        weights: Mapping[str, Resolved],
+        composition: Composition | None = None,
+        factors: Mapping[tuple[str, str], float] = MappingProxyType({}),
+    ) -> None:
+        """Take over the gates of these slots (layer name -> slot) at these weights (adapter -> levels).
+
+        Only a denoiser's adapters are composed in any other way than by their sum. `factors` by (adapter, layer)
+        stand beside the scales; 1 where there is none.
+        """
+        self.slots, self._order = dict(slots), list(weights)
+        self.composition = composition if composition is not None and self.clock is not None else Composition()
         self.entries, self._by_layer = [], {}
         owner: list[int] = []
+        rows: list[int] = []
         for layer, slot in slots.items():
             first = len(self.entries)
-            self.entries += [Entry(name, layer, rank, scale) for name, rank, scale in slot.entries]
+            scaled = ((name, rank, scale * factors.get((name, layer), 1.0)) for name, rank, scale in slot.entries)
+            self.entries += [Entry(name, layer, rank, scale) for name, rank, scale in scaled]
             self._by_layer[layer] = list(range(first, len(self.entries)))
             ranks = [rank for _, rank, _ in slot.entries]
-            owner += [first + i for i, rank in enumerate(ranks) for _ in range(rank)]
-            owner += [-1] * (slot.rows - sum(ranks))  # rows in reserve belong to the last number, which is 0
+            owner += [*self._by_layer[layer], -1]  # rows in reserve belong to the last number, which is 0
+            rows += [*ranks, slot.rows - sum(ranks)]
         self._numbers = [0.0] * (len(self.entries) + 1)
-        self._owner = torch.tensor(owner, dtype=torch.long)
+        self._owner = torch.tensor(owner, dtype=torch.long).repeat_interleave(torch.tensor(rows, dtype=torch.long))
         self._scales = torch.tensor([*(entry.scale for entry in self.entries), 0.0])[self._owner]
         self._share()
         self.turn(weights)
 
     def turn(self, weights: Mapping[str, Resolved]) -> None:
         """Set the levels of these adapters; the others keep theirs."""
-        for number, entry in enumerate(self.entries):
+        for entry in self.entries:
             if entry.name in weights:
                 entry.level = weights[entry.name].at(self.component, entry.layer)
-                self._numbers[number] = number_at(entry.level, 0.0)
+        composed = self.composition.mode != "sum"
+        on = {entry.name for entry in self.entries if entry.level != 0.0} if composed else set[str]()
+        self._taking_part = [name for name in self._order if name in on]
+        self._turn = self.composition.turn(self._taking_part, 0)
+        for number, entry in enumerate(self.entries):
+            if composed or entry.name in weights:
+                self._numbers[number] = self._number(entry, 0.0)
         self._scheduled = [i for i, entry in enumerate(self.entries) if callable(entry.level)]
         for layer, slot in self.slots.items():
             slot.live = self._builder(layer) if self._is_live(layer) else None
         self.write()
-        self._listen(self.clock is not None and any(not isinstance(e.level, float) for e in self.entries))
+        changing = len(self._taking_part) > 1 or any(not isinstance(e.level, float) for e in self.entries)
+        repeating = self.composition.times(self._taking_part) > 1
+        self._listen(before=self.clock is not None and changing, after=repeating)
+
+    def _number(self, entry: Entry, progress: float) -> float:
+        return number_at(entry.level, progress) if self._turn in (None, entry.name) else 0.0
 
     def _is_live(self, layer: str) -> bool:
-        return any(is_live(self.entries[i].level) for i in self._by_layer[layer])
+        several = self.composition.times(self._taking_part) > 1 and bool(self._by_layer[layer])
+        return several or any(is_live(self.entries[i].level) for i in self._by_layer[layer])
 
     def _share(self) -> None:
         device = next((slot.down.device for slot in self.slots.values() if not slot.down.is_meta), None)
-        self._gains = torch.zeros(len(self._owner), device=device)
         start = 0
-        for slot in self.slots.values():
-            slot.gate = self._gains[start : start + slot.rows]
-            start += slot.rows
+        with torch.inference_mode(mode=False):  # it is written to outside of one as well
+            self._gains = torch.zeros(len(self._owner), device=device)
+            for slot in self.slots.values():
+                slot.gate = self._gains[start : start + slot.rows]
+                start += slot.rows
 
     def write(self) -> None:
         """All gates at once, in place: no graph sees a new tensor."""
@@ -96,29 +130,48 @@ class Dial:
             slot.weights = numbers
             slot.idle = not any(numbers)
 
-    def _listen(self, wanted: bool) -> None:
-        if wanted and self._hook is None:
-            before: Any = torch.compiler.disable(self.before)
-            self._hook = self.host.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        elif not wanted and self._hook is not None:
-            self._hook.remove()
-            self._hook, self.call = None, Call()
+    def _listen(self, *, before: bool, after: bool) -> None:
+        """Hook the denoiser where something changes with its calls, and their outcome where it is a mean."""
+        if (before, after) == self._listening:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        hooks: list[RemovableHandle] = []
+        if before:
+            listen: Any = torch.compiler.disable(self.before)
+            hooks.append(self.host.register_forward_pre_hook(listen, with_kwargs=True, prepend=True))
+        if after:
+            heard: Any = torch.compiler.disable(self.after)
+            hooks.append(self.host.register_forward_hook(heard))
+        self._hooks, self._listening, self.call = tuple(hooks), (before, after), Call()
 
-    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the denoiser: what is scheduled gets its number for this call."""
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of the denoiser: what changes with the step gets its number for this call."""
         assert self.clock is not None
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         self.call = Call(self.clock.progress(timestep), *_geometry(model, args, kwargs))
-        for i in self._scheduled:
-            self._numbers[i] = number_at(self.entries[i].level, self.call.progress)
-        if self._scheduled:
+        turn = self.composition.turn(self._taking_part, self.clock.step)
+        changing = range(len(self.entries)) if turn != self._turn else self._scheduled
+        self._turn = turn
+        for i in changing:
+            self._numbers[i] = self._number(self.entries[i], self.call.progress)
+        if changing:
             self.write()
+        times, x = self.composition.times(self._taking_part), _sample(args, kwargs)
+        if times > 1 and isinstance(x, Tensor):
+            return repeated(args, len(x), times), repeated(kwargs, len(x), times)
+        return None
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        """Hook of the denoiser: the mean over what the adapters predict alone, where they are to do that."""
+        times = self.composition.times(self._taking_part)
+        return averaged(out, times) if times > 1 else out
 
     def _builder(self, layer: str) -> Callable[[int, Sequence[int]], Tensor]:
         entries, slot = [self.entries[i] for i in self._by_layer[layer]], self.slots[layer]
 
         def build(batch: int, shape: Sequence[int]) -> Tensor:
-            gates = [entry_gate(e.level, self.call, layer, batch, shape) * e.scale for e in entries]
+            gates = [self._gate(entry, batch, shape) for entry in entries]
             size = torch.broadcast_shapes(*(gate.shape for gate in gates))
             columns = [g.expand(*size[:2], e.rank) for g, e in zip(gates, entries, strict=True)]
             spare = torch.zeros(*size[:2], slot.rows - sum(e.rank for e in entries))
@@ -126,10 +179,24 @@ class Dial:
 
         return build
 
+    def _gate(self, entry: Entry, batch: int, shape: Sequence[int]) -> Tensor:
+        times = self.composition.times(self._taking_part)
+        if batch % times:
+            raise ConfigError(f"composite of {times} adapters: {entry.layer!r} gets a batch of {batch}, no multiple")
+        if self._turn not in (None, entry.name) or (times > 1 and entry.name not in self._taking_part):
+            return torch.zeros(1, 1, 1)
+        gate = entry_gate(entry.level, self.call, entry.layer, batch // times, shape) * entry.scale
+        return gate if times == 1 else alone(gate, self._taking_part.index(entry.name), times, batch // times)
+
+
+def _sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The latents of a denoiser call."""
+    return args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+
 
 def _geometry(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[int, int] | None, int]:
     """The latent grid (rows, columns) of a denoiser call, and its number of text tokens."""
-    x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    x = _sample(args, kwargs)
     text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
     tokens = text.shape[1] if isinstance(text, Tensor) and text.dim() == 3 else 0
     if isinstance(x, Tensor) and x.dim() == 4:

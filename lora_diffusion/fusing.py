@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import frozen_weight
 from lora_diffusion.lora import Slot
+from lora_diffusion.methods import METHODS, bias_change
+
+Shares = Mapping[str, LayerAdapter]  # adapter -> its share of one layer
 
 
 @dataclass
@@ -29,24 +33,60 @@ class Fusion:
         self.kept = []
 
 
-def fuse(layers: Mapping[str, tuple[nn.Module, Slot]]) -> Fusion:
-    """Merge each slot into its layer's weight (name -> layer, slot) and put it to sleep.
+def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
+    """Merge each slot into its layer (name -> layer, slot, what each adapter has there) and put it to sleep.
 
-    ConfigError, and nothing changed, where a weight is not stored as floating-point numbers, and for branches.
+    ConfigError, and nothing changed, where a weight is not stored as floating-point numbers, and where an adapter
+    changes a bias that the layer does not have.
     """
-    awake = {name: pair for name, pair in layers.items() if not pair[1].idle}
-    for name, (layer, slot) in awake.items():
-        if slot.branches:
-            raise ConfigError(f"fuse: {name} carries an adapter that is no low-rank pair; use it unfused")
+    awake = {name: parts for name, parts in layers.items() if not parts[1].idle}
+    for name, (layer, _, shares) in awake.items():
         weight = frozen_weight(layer)
-        if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta:
+        if not weight.is_floating_point() or weight.is_meta:
             raise ConfigError(f"fuse: {name} ({type(layer).__name__}) is quantised or offloaded; use it unfused")
+        if getattr(layer, "bias", None) is None and any(bias_change(one) is not None for one in shares.values()):
+            raise ConfigError(f"fuse: {name} has no bias, and an adapter changes one; use it unfused")
     kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        for layer, slot in awake.values():
-            weight = frozen_weight(layer)
-            kept.append((weight, weight.detach().to("cpu", copy=True)))
-            weight.data.copy_(slot.merged(weight))
+        for layer, slot, shares in awake.values():
+            changed = [(frozen_weight(layer), fused_weight(layer, slot, shares))]
+            if (bias := _fused_bias(layer, slot, shares)) is not None:
+                changed.append(bias)
+            for tensor, new in changed:
+                kept.append((tensor, tensor.detach().to("cpu", copy=True)))
+                tensor.data.copy_(new)
             slot.gate.zero_()  # compiled code reads the gate alone
             slot.idle = True
     return Fusion(kept)
+
+
+def fused_weight(layer: nn.Module, slot: Slot, shares: Shares) -> Tensor:
+    """The layer's weight with all that its slot adds to it, rounded once, in the weight's dtype.
+
+    What is no low-rank pair is its method's dense change, taken of the frozen weight, times its number in the gate.
+    """
+    weight = frozen_weight(layer)
+    if not slot.branches:
+        return slot.merged(weight)
+    total = slot.merged(weight.float()) if len(slot.down) else weight.float()
+    for name, number in _numbers(slot):
+        share = shares[name]
+        total = total + number * METHODS[share.method].delta(share, layer).to(total.device).view_as(total)
+    return total.to(weight.dtype)
+
+
+def _fused_bias(layer: nn.Module, slot: Slot, shares: Shares) -> tuple[Tensor, Tensor] | None:
+    bias = getattr(layer, "bias", None)
+    found = [(number, bias_change(shares[name])) for name, number in _numbers(slot)]
+    changes = [number * change.float() for number, change in found if change is not None]
+    if not isinstance(bias, Tensor) or not changes:
+        return None
+    return bias, bias.float() + torch.stack([change.flatten().to(bias.device) for change in changes]).sum(dim=0)
+
+
+def _numbers(slot: Slot) -> list[tuple[str, float]]:
+    """Every branch's adapter and its number in the gate."""
+    first, branches = len(slot.pairs), len(slot.branches)
+    row = sum(rank for _, rank, _ in slot.pairs)
+    names = [name for name, _, _ in slot.entries[first:]]
+    return list(zip(names, slot.gate[row : row + branches].tolist(), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lora_diffusion.composing import Composition
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.files import load_adapter
 from lora_diffusion.gates import spell_weight
@@ -110,7 +111,7 @@ def recipe(
     drawing = {"steps": how.steps, "guidance": how.guidance, "size": how.size, "negative": how.negative}
     batch = {"index": index, "prompts": list(order.prompts), "seeds": list(order.seeds)}
     picture = {"prompt": order.prompts[index], "seed": order.seeds[index], "base": base, "precision": precision}
-    return {**picture, **drawing, "adapters": adapters, "batch": batch}
+    return {**picture, **drawing, "compose": asdict(stack.composition), "adapters": adapters, "batch": batch}
 
 
 def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None:
@@ -130,6 +131,7 @@ class Remake:
     base: str
     precision: Any
     adapters: tuple[tuple[str, str, str], ...]  # name, file, content hash
+    composition: Composition
 
 
 def read_recipe(path: Path) -> Remake:
@@ -157,14 +159,22 @@ def _remake(made: dict[str, Any]) -> Remake:
     size = None if made["size"] is None else (int(made["size"][0]), int(made["size"][1]))
     how = Drawing(int(made["steps"]), float(made["guidance"]), size, made["negative"], batch=count)
     files = tuple((str(one["name"]), str(one["file"]), str(one["sha256"])) for one in adapters)
-    return Remake(order, range(count)[int(batch["index"])], how, str(made["base"]), made["precision"], files)
+    return Remake(
+        order, range(count)[int(batch["index"])], how, str(made["base"]), made["precision"], files, _composition(made)
+    )
+
+
+def _composition(made: Mapping[str, Any]) -> Composition:
+    said: dict[str, Any] = made.get("compose", {})  # recipes of earlier versions have none
+    return Composition(str(said.get("mode", "sum")), said.get("every", 5), bool(said.get("balance")))
 
 
 def add_again(stack: AdapterStack, remake: Remake, candidates: Sequence[Path]) -> None:
-    """Put the adapters of a recipe on, each found by its content among its old file and `candidates`.
+    """Put the adapters of a recipe on, composed as then, each found by its content at its old place or in `candidates`.
 
     ConfigError for one that is nowhere.
     """
+    stack.compose(**asdict(remake.composition))
     for name, file, sha256 in remake.adapters:
         likely = sorted(candidates, key=lambda path: path.stem != Path(file).stem)
         for path in [Path(file), *likely]:

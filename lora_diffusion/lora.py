@@ -23,8 +23,9 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape, out_width
+from lora_diffusion.packing import Block, repacked
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 
@@ -47,6 +49,7 @@ class Pair:
     down: Tensor
     up: Tensor
     scale: float
+    token: object = field(default_factory=object, repr=False, compare=False)  # whose rows these are in a slot
 
     @property
     def rank(self) -> int:
@@ -72,12 +75,14 @@ class Slot(nn.Module):
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
         self.live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
         self.reserve = reserve  # rows held at least, so that swapping within them changes no shape
+        self.packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
         self.pack(layer, parts, trainable=trainable)
 
     def pack(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False) -> None:
         """Hold these parts and no others, each at weight 1; trainable ones in float32.
 
-        Rows beyond theirs, up to `reserve`, are zero. Tensors of the right shape are written in place.
+        Rows that are there already stay or move; rows beyond all, up to `reserve`, are zero. Tensors of the right
+        shape are written in place.
         """
         dtype = torch.float32 if trainable else compute_dtype(layer)
         weight = frozen_weight(layer)
@@ -85,17 +90,14 @@ class Slot(nn.Module):
         pairs = [part for part in parts if isinstance(part, Pair)]
         rows = max(sum(pair.rank for pair in pairs), self.reserve)
         kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # of a norm's slot: no rows
-        down = self._held("down", (rows, *kernel), dtype, device)
-        up = self._held("up", (rows, width), dtype, device)
-        start = 0
-        for pair in pairs:
-            down[start : start + pair.rank] = pair.down.reshape(pair.rank, *kernel)
-            up[start : start + pair.rank] = pair.up.reshape(-1, pair.rank).t()
-            start += pair.rank
-        down[start:], up[start:] = 0, 0
-        if "down" not in self._parameters or down.data_ptr() != self.down.data_ptr():
-            self.down = nn.Parameter(down, requires_grad=trainable and rows > 0)
-            self.up = nn.Parameter(up, requires_grad=trainable and rows > 0)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            blocks = [(pair.token, pair.rank) for pair in pairs]
+            for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
+                new = functools.partial(_rows, pairs, name, shape)
+                packed = repacked(self._held(name), shape, (dtype, device), self.packed, blocks, new)
+                if (held := self._held(name)) is None or not held.is_set_to(packed):
+                    self.register_parameter(name, nn.Parameter(packed, requires_grad=trainable and rows > 0))
+        self.packed = () if trainable else tuple(blocks)
         self.pairs = tuple((pair.name, pair.rank, pair.scale) for pair in pairs)
         branches = [part for part in parts if isinstance(part, Branch)]
         self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
@@ -106,17 +108,16 @@ class Slot(nn.Module):
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Set the gate from one number an adapter (1 where none is given)."""
         self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.entries)
-        rows = [w * scale for w, (_, rank, scale) in zip(self.weights, self.entries, strict=True) for _ in range(rank)]
-        rows += [0.0] * (self.rows - len(rows))
-        self.register_buffer("gate", torch.tensor(rows, device=self.down.device), persistent=False)
-        self.idle = not any(rows)  # then the layer is left alone, bit for bit
+        ranks = [rank for _, rank, _ in self.entries]
+        gains = [w * scale for w, (_, _, scale) in zip(self.weights, self.entries, strict=True)]
+        repeats = torch.tensor([*ranks, self.rows - sum(ranks)])  # the last: rows in reserve
+        gate = torch.tensor([*gains, 0.0]).repeat_interleave(repeats)
+        self.register_buffer("gate", gate.to(self.down.device), persistent=False)
+        self.idle = not any(gains)  # then the layer is left alone, bit for bit
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """`out` (the frozen layer's output for `x`) with all pairs added."""
-        gate = self._gate(out)
-        if self.branches:  # reading `pairs` here only: a compiled graph must not depend on what is packed
-            first = sum(rank for _, rank, _ in self.pairs)
-            gate = torch.cat([gate[..., :first], gate[..., first + len(self.branches) :]], dim=-1)
+        gate = self._of_pairs(self._gate(out))
         if self.training and self.dropout:
             gate = gate * self._keep(x) / (1 - self.dropout)
         if self.convolution is not None:
@@ -126,8 +127,8 @@ class Slot(nn.Module):
         return _add_linear(x, out, self.down.to(x), self.up.to(x), gate.to(x.device))
 
     def merged(self, weight: Tensor) -> Tensor:
-        """weight + upᵀ diag(gate) down, rounded once, in the weight's dtype and shape."""
-        gated = (self.up.t() * self.gate).to(weight.dtype)
+        """weight + upᵀ diag(gate) down, rounded once, in the weight's dtype and shape. Branches are not in it."""
+        gated = (self.up.t() * self._of_pairs(self.gate)).to(weight.dtype)
         return torch.addmm(weight.flatten(1), gated, self.down.flatten(1).to(weight.dtype)).view_as(weight)
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -156,10 +157,13 @@ class Slot(nn.Module):
         rows = zip(self.entries, kinds, self.weights, strict=True)
         return ", ".join(f"{name!r} {kind} at {weight:g}" for (name, _, _), kind, weight in rows)
 
-    def _held(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _held(self, name: str) -> Tensor | None:
         held = self._parameters.get(name)
-        fits = held is not None and self.reserve and (held.shape, held.dtype, held.device) == (shape, dtype, device)
-        return held.data if fits and held is not None else torch.empty(shape, dtype=dtype, device=device)
+        return None if held is None else held.data
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
+        self.packed = ()  # moved or cast, perhaps rounded: the next time all is written again
+        return super()._apply(fn, recurse)
 
     def _turned(self, out: Tensor) -> list[tuple[Branch, Tensor]]:
         """Every branch that is on, with its number in the gate, shaped to multiply its output."""
@@ -176,6 +180,12 @@ class Slot(nn.Module):
 
     def _gate(self, out: Tensor) -> Tensor:
         return self.gate if self.live is None else self._by_place(out)
+
+    def _of_pairs(self, gate: Tensor) -> Tensor:
+        if not self.branches:
+            return gate
+        first = sum(rank for _, rank, _ in self.pairs)  # read here only: no compiled graph depends on what is packed
+        return torch.cat([gate[..., :first], gate[..., first + len(self.branches) :]], dim=-1)
 
     def _by_place(self, out: Tensor) -> Tensor:
         assert self.live is not None
@@ -203,6 +213,11 @@ class Slot(nn.Module):
         how = self.convolution
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
         return tokens * (width + out) > width * out
+
+
+def _rows(pairs: Sequence[Pair], name: str, shape: tuple[int, ...], index: int) -> Tensor:
+    pair = pairs[index]
+    return pair.down.reshape(pair.rank, *shape[1:]) if name == "down" else pair.up.reshape(-1, pair.rank).t()
 
 
 class _LowRank(torch.autograd.Function):

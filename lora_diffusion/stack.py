@@ -10,7 +10,6 @@ with AdapterStack(pipe) as stack:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -21,30 +20,17 @@ from torch import Tensor, nn
 from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
 from lora_diffusion.attachment import check_layers
 from lora_diffusion.clock import Clock
+from lora_diffusion.composing import Composition
 from lora_diffusion.dial import Dial
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, did_you_mean, some
 from lora_diffusion.families.naming import resolve
 from lora_diffusion.fusing import Fusion, fuse
-from lora_diffusion.gates import Resolved, Weight, resolve_weight
+from lora_diffusion.gates import Weight, resolve_weight
 from lora_diffusion.lora import Slot, place, slot_of, take_off
-from lora_diffusion.methods import METHODS
 from lora_diffusion.resident import Residents
+from lora_diffusion.stacked import Site, Stacked, balance
 from lora_diffusion.targets import Targets, find_targets
 from lora_diffusion.tokens import Vocabulary
-
-Site = tuple[str, str]  # component, live layer name
-
-
-@dataclass
-class Stacked:
-    """One adapter of a stack: what it is, how strong, and where it sits."""
-
-    name: str
-    adapter: Adapter
-    weight: Weight
-    resolved: Resolved
-    layers: dict[Site, LayerAdapter]
-    key: str  # content hash: the canonical order, so that stacking commutes
 
 
 class AdapterStack:
@@ -60,6 +46,7 @@ class AdapterStack:
         self._vocabulary = Vocabulary(pipe)
         self.residents: Residents[dict[Site, LayerAdapter]] = Residents(self._plan)
         self._fusion: Fusion | None = None
+        self.composition = Composition()
 
     def reserve(self, rank: int, targets: Targets = "all-linear", *, component: str = "denoiser") -> None:
         """Put empty slots of at least `rank` rows on the target layers, once, before `torch.compile`.
@@ -128,17 +115,37 @@ class AdapterStack:
         for dial in self._dials.values():
             dial.turn(resolved)
 
+    def compose(self, mode: str = "sum", *, every: int = 5, balance: bool = False) -> None:
+        """How the adapters act together in the denoiser: "sum", "switch" (`every` steps each) or "composite".
+
+        `balance` brings all adapters of a layer to one Frobenius norm first; weights then act on equal terms. Costs
+        and formulas are in `composing.py`. It holds for adapters that come later too. ConfigError for another mode.
+        """
+        self._refuse_if_fused()
+        self.composition = Composition(mode, every, balance)
+        self._rebind(set(self.components))
+
     def fuse(self) -> None:
         """Write the weighted sum into the weights: no cost a call. The originals are kept for `unfuse`.
 
         ConfigError for weights by step, image or place, and for 4- and 8-bit layers, which would lose most of it.
         """
         self._refuse_if_fused()
-        slots = {(c, layer): slot for c, dial in self._dials.items() for layer, slot in dial.slots.items()}
-        layers = {site: self.components[site[0]].get_submodule(site[1]) for site in slots}
+        if self.composition.mode != "sum":
+            raise ConfigError(f"fuse: the stack composes by {self.composition.mode}, step by step; fusing is a sum")
         if any(not isinstance(e.level, float) for dial in self._dials.values() for e in dial.entries):
             raise ConfigError("fuse: a weight changes by step, image or place, and a fused one cannot; weigh first")
-        self._fusion = fuse({f"{c}.{n}": (layers[c, n], slot) for (c, n), slot in slots.items()})
+        self._fusion = fuse(
+            {
+                f"{component}.{name}": (
+                    self.components[component].get_submodule(name),
+                    slot,
+                    self.shares(component, name),
+                )
+                for component, dial in self._dials.items()
+                for name, slot in dial.slots.items()
+            }
+        )
 
     def unfuse(self) -> None:
         """Bring the original weights back, bit for bit; nothing if none are fused."""
@@ -161,6 +168,11 @@ class AdapterStack:
     def slots(self) -> dict[str, dict[str, Slot]]:
         """component -> layer name -> what sits there."""
         return {component: dict(dial.slots) for component, dial in self._dials.items()}
+
+    def shares(self, component: str, layer: str) -> dict[str, LayerAdapter]:
+        """adapter -> its share of one layer."""
+        site = (component, layer)
+        return {name: stacked.layers[site] for name, stacked in self._stacked.items() if site in stacked.layers}
 
     def content_hash(self, name: str) -> str:
         """The content hash of an adapter on the stack, as it was when it came."""
@@ -189,7 +201,8 @@ class AdapterStack:
 
     def __repr__(self) -> str:
         rows = [f"  {s.name!r} at {s.weight}: {len(s.layers)} layers" for s in self._stacked.values()]
-        return "\n".join([f"AdapterStack({len(rows)} adapters on {', '.join(self.components)})", *rows])
+        mode = "" if self.composition == Composition() else f", {self.composition}"
+        return "\n".join([f"AdapterStack({len(rows)} adapters on {', '.join(self.components)}{mode})", *rows])
 
     def _known(self, name: str) -> str:
         if name not in self._stacked:
@@ -228,10 +241,11 @@ class AdapterStack:
         }
 
     def _repack(self, sites: Mapping[Site, Any]) -> None:
+        ordered = sorted(self._stacked.values(), key=lambda stacked: (stacked.key, stacked.name))
         for component, layer_name in sites:
-            layer = self.components[component].get_submodule(layer_name)
-            parts = [METHODS[s.method].part(name, s, layer) for name, s in self._on((component, layer_name))]
-            slot, reserve = slot_of(layer), self._reserved.get((component, layer_name), 0)
+            layer, site = self.components[component].get_submodule(layer_name), (component, layer_name)
+            parts = [stacked.part(site, layer) for stacked in ordered if site in stacked.layers]
+            slot, reserve = slot_of(layer), self._reserved.get(site, 0)
             if slot is not None and hasattr(slot, "_hf_hook"):  # accelerate would bring the rows it knows back
                 take_off(layer)
                 slot = None
@@ -253,7 +267,8 @@ class AdapterStack:
             model = self.components[component]
             layers = {name: model.get_submodule(name) for c, name in sorted(sites) if c == component}
             slots = {name: slot for name, layer in layers.items() if (slot := slot_of(layer)) is not None}
-            self._dials[component].bind(slots, weights)
+            even = balance(list(self._stacked.values()), layers, component) if self.composition.balance else {}
+            self._dials[component].bind(slots, weights, self.composition, even)
 
     def _retoken(self, adapter: Adapter) -> None:
         if adapter.embeddings:
@@ -262,10 +277,6 @@ class AdapterStack:
     def _refuse_if_fused(self) -> None:
         if self._fusion is not None:
             raise ConfigError("the stack is fused into the weights; call unfuse() first")
-
-    def _on(self, site: Site) -> list[tuple[str, LayerAdapter]]:
-        stacked = sorted((s for s in self._stacked.values() if site in s.layers), key=lambda s: (s.key, s.name))
-        return [(s.name, s.layers[site]) for s in stacked]
 
 
 def _components(pipe: Any) -> dict[str, Any]:

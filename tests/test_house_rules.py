@@ -23,11 +23,11 @@ WRITTEN = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "t
 #: rooms by level, lowest first. A room imports only from lower levels: rooms of one level never know each other
 LEVELS = (
     ("errors",),
-    ("registry", "layers"),
+    ("registry", "layers", "packing"),
     ("adapter", "branches"),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
-    ("attachment", "pipelines", "clock", "tokens", "fusing", "library", "resident"),
+    ("attachment", "pipelines", "clock", "tokens", "fusing", "library", "resident", "stacked", "composing"),
     ("dial",),
     ("stack", "training"),
     ("generating", "inspection", "merging"),

@@ -10,6 +10,7 @@ import torch
 
 from lora_diffusion import Adapter, AdapterStack
 from lora_diffusion.errors import AdapterMismatchError, ConfigError
+from lora_diffusion.methods import METHODS, new_method
 from lora_diffusion.quantize import fingerprint, quantize
 from tests import tiny
 from tests.small import ADAPTERS, Pipe, X
@@ -36,6 +37,32 @@ def test_fusing_many_times_leaves_every_bit(sd: Any, dtype: torch.dtype) -> None
             assert fingerprint(sd.unet) == before
         stack.fuse()
     assert fingerprint(sd.unet) == before
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_any_method_is_fused_as_the_stack_computes_it(method: str) -> None:
+    pipe = Pipe()
+    generator = torch.Generator().manual_seed(4)
+    if method == "norm":
+        pipe.unet.up_blocks[0]["to_out"] = torch.nn.Sequential(torch.nn.LayerNorm(12), pipe.unet.up_blocks[0]["to_out"])
+    layers = {n: m for n, m in pipe.unet.named_modules() if METHODS[method].supports(m)}
+    new = {n: new_method(method, rank=2, bias=method == "full").fresh(m, generator) for n, m in layers.items()}
+    for tensor in (t for one in new.values() for t in one.tensors.values() if t.is_floating_point()):
+        tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+    before = fingerprint(pipe.unet)
+    with AdapterStack(pipe) as stack, torch.no_grad():
+        stack.add(Adapter("other", {"unet": new}), 0.7)
+        if method != "norm":
+            stack.add(ADAPTERS["a"], -0.4)
+        apart = pipe.unet(X)
+        stack.fuse()
+        torch.testing.assert_close(pipe.unet(X), apart, rtol=1e-4, atol=1e-4)
+        stack.unfuse()
+        assert fingerprint(pipe.unet) == before
+        assert torch.equal(pipe.unet(X), apart)
+        stack.bake()
+        torch.testing.assert_close(pipe.unet(X), apart, rtol=1e-4, atol=1e-4)
+    assert not [m for m in pipe.unet.modules() if hasattr(m, "adapters")]
 
 
 def test_fuse_refuses_what_it_cannot_hold(sd: Any) -> None:

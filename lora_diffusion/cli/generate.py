@@ -9,8 +9,11 @@ import typer
 
 from lora_diffusion.cli.options import (
     Adapters,
+    Balance,
     Base,
+    Compose,
     Device,
+    Every,
     Guidance,
     Library,
     Negative,
@@ -27,6 +30,7 @@ from lora_diffusion.errors import ConfigError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lora_diffusion.composing import Composition
     from lora_diffusion.generating import Drawing, Order
 
 
@@ -46,6 +50,9 @@ def generate(
     size: Size = None,
     negative: Negative = None,
     quantize: Quantize = None,
+    compose: Compose = "sum",
+    every: Every = 5,
+    balance: Balance = False,
     device: Device = "auto",
     library: Library = Path("loras"),
     remake: Annotated[
@@ -56,6 +63,8 @@ def generate(
     """Draw pictures with any number of weighted adapters.
 
     Example: `lora-diffusion generate "red apple <lora:ink:0.8>" -a kiki.safetensors:0.5 -l styles -o apple.png`
+
+    Example: `lora-diffusion generate "kiki, red apple" -a ink.safetensors -a kiki.safetensors --compose composite`
 
     Example: `lora-diffusion generate --from apple.png -o again.png`
     """
@@ -69,6 +78,7 @@ def generate(
         refuse_existing(file, overwrite)
 
     from lora_diffusion.cli.progress import say
+    from lora_diffusion.composing import Composition
     from lora_diffusion.generating import Drawing, Order, read_recipe, save_picture
     from lora_diffusion.library import Library, parse_prompts
     from lora_diffusion.quickstart import find_samples
@@ -83,16 +93,21 @@ def generate(
         order = Order(texts, [seed + i for i in range(total)], tags)
         how = Drawing(steps, guidance, pixels, negative)
         model = base or str(find_samples(None) / "base"), quantize, device
-        made = _drawn(order, how, weighted, found, model)
+        made = _drawn(order, how, weighted, found, model, Composition(compose, every, balance))
     for (picture, said), file in zip(made, files, strict=True):
         save_picture(picture, file, said)
     say("\n".join(map(str, files)))
 
 
 def _drawn(
-    order: Order, how: Drawing, weighted: list[tuple[Path, Any]], found: dict[str, Path], model: tuple[str, Any, str]
+    order: Order,
+    how: Drawing,
+    weighted: list[tuple[Path, Any]],
+    found: dict[str, Path],
+    model: tuple[str, Any, str],
+    composition: Composition,
 ) -> list[tuple[Image.Image, dict[str, Any]]]:
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from lora_diffusion.cli.progress import bar
     from lora_diffusion.generating import draw_order
@@ -106,6 +121,7 @@ def _drawn(
         fixed = {stack.add(path): weight for path, weight in weighted}
         for name, path in found.items():
             stack.add(path, 0.0, name=name)
+        stack.compose(**asdict(composition))
         order = replace(order, weights={**{n: [w] * count for n, w in fixed.items()}, **order.weights})
         _mention_triggers(stack, order.prompts)
         task = progress.add_task("drawing", total=count, note="")

@@ -9,8 +9,11 @@ import typer
 
 from lora_diffusion.cli.options import (
     Adapters,
+    Balance,
     Base,
+    Compose,
     Device,
+    Every,
     Guidance,
     Negative,
     Overwrite,
@@ -40,6 +43,9 @@ def grid(
     size: Size = None,
     negative: Negative = None,
     quantize: Quantize = None,
+    compose: Compose = "sum",
+    every: Every = 5,
+    balance: Balance = False,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -70,6 +76,7 @@ def grid(
     how = Drawing(steps, guidance, pixels, negative)
     with AdapterStack(opened.pipe) as stack, bar() as progress:
         choices = Choices(prompts, numbers, {stack.add(path): weight for path, weight in weighted}, factors)
+        stack.compose(compose, every=every, balance=balance)
         order = grid_order(choices, columns, rows)
         task = progress.add_task("drawing", total=len(order.prompts), note="")
         made = draw_order(opened.pipe, stack, order, how, base, quantize, lambda n: progress.update(task, completed=n))

@@ -35,6 +35,12 @@ Library = Annotated[
 Merging = Annotated[
     list[str], typer.Argument(metavar="FILE[:WEIGHT]...", help="Adapter files and their weights (default 1).")
 ]
+Compose = Annotated[
+    Literal["sum", "switch", "composite"],
+    typer.Option(help="How adapters act together: their sum, taking turns, or the mean of what each predicts alone."),
+]
+Every = Annotated[int, typer.Option(min=1, help="Steps of one turn, for --compose switch.")]
+Balance = Annotated[bool, typer.Option(help="Bring all adapters of a layer to one norm before their weights count.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Adapter file to write.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
 Format = Annotated[str, typer.Option(help="Spelling of the file: diffusers, kohya, comfy, …")]

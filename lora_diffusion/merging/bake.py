@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import DENOISERS, Adapter
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.fusing import fused_weight
 from lora_diffusion.pipelines import DTYPES, denoiser_of, load_pipeline
 from lora_diffusion.quantize import WeightFiles, dequantize, quantize, save_quantized
 from lora_diffusion.quantize.layers import four_bit
@@ -82,10 +83,11 @@ def to_quantise(denoiser: nn.Module) -> set[str]:
 def survival(denoiser: nn.Module, stack: AdapterStack, small: Collection[str]) -> float:
     """The share of the stack's delta that NF4 would keep on the layers `small` of a dense denoiser."""
     applied = whole = 0.0
-    for name, slot in next(slots for component, slots in stack.slots.items() if component in DENOISERS).items():
+    component, slots = next((component, of) for component, of in stack.slots.items() if component in DENOISERS)
+    for name, slot in slots.items():
         layer = denoiser.get_submodule(name)
         if isinstance(layer, nn.Linear) and name in small:
-            merged = slot.merged(layer.weight)
+            merged = fused_weight(layer, slot, stack.shares(component, name))
             delta = merged - layer.weight
             applied += float(((_rounded(layer, merged) - _rounded(layer, layer.weight)) * delta).sum())
             whole += float(delta.square().sum())

@@ -73,6 +73,11 @@ METHODS: Registry[type[Method]] = Registry(
 )
 
 
+def bias_change(adapter: LayerAdapter) -> Tensor | None:
+    """What a layer's share adds to the bias at weight 1: `diff_b` of "full", `b_norm` of "norm"; None for others."""
+    return next((adapter.tensors[key] for key in ("diff_b", "b_norm") if key in adapter.tensors), None)
+
+
 def new_method(name: str, **settings: object) -> Method:
     """The method `name` with those of the settings that it has: (IA)³ has no rank.
 

@@ -1,0 +1,98 @@
+"""Rows of many adapters in one tensor, in one order while adapters come and go.
+
+A new adapter's rows are written where they belong and the rows behind them moved; nobody else's are read or rounded
+again. Adding the n-th so costs its own rows and, at worst, one copy of those already there in the layer's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Block = tuple[object, int]  # whose rows (by identity), how many
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """From one list of blocks to another: runs of rows to keep, and where the blocks that are new begin."""
+
+    kept: list[tuple[int, int, int]] = field(default_factory=list)  # from, to, rows; in an order safe to do in place
+    new: dict[int, int] = field(default_factory=dict)  # index of the wanted block -> its first row
+
+
+def arrange(held: Sequence[Block], wanted: Sequence[Block]) -> Arrangement:
+    """How `held` rows become `wanted` ones. Blocks in both that changed places are written again, as all others are."""
+    first, old = 0, dict[int, int]()
+    for token, rows in held:
+        old[id(token)], first = first, first + rows
+    known = [old[id(token)] for token, _ in wanted if id(token) in old]
+    if known != sorted(known):
+        old = {}
+    runs: list[tuple[int, int, int]] = []
+    to, new = 0, dict[int, int]()
+    for index, (token, rows) in enumerate(wanted):
+        was = old.get(id(token))
+        if was is None:
+            new[index] = to
+        elif runs and (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]) == (was, to):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + rows)
+        else:
+            runs.append((was, to, rows))
+        to += rows
+    nearer = [run for run in runs if run[1] <= run[0]]  # these never meet the others: the order is one and the same
+    return Arrangement([*nearer, *(run for run in reversed(runs) if run[1] > run[0])], new)
+
+
+def repacked(
+    held: Tensor | None,
+    shape: tuple[int, ...],
+    kind: tuple[torch.dtype, torch.device],
+    before: Sequence[Block],
+    blocks: Sequence[Block],
+    rows_of: Callable[[int], Tensor],
+) -> Tensor:
+    """A tensor of `shape` (rows, …) with these blocks and zeros behind; `held`, of the same `kind`, has those before.
+
+    `rows_of` gives the rows of a block by its index, and is asked for new ones alone. The tensor lies in the memory of
+    `held` where that has room, else in new memory with room for half as much again.
+    """
+    fits = held is not None and (held.dtype, held.device, held.shape[1:]) == (*kind, shape[1:])
+    arrangement = arrange(before if fits else (), blocks)
+    packed = _moved(held if fits else None, shape, kind, arrangement.kept)
+    for index, start in arrangement.new.items():
+        packed[start : start + blocks[index][1]] = rows_of(index)
+    packed[sum(rows for _, rows in blocks) :] = 0
+    return packed
+
+
+def _moved(
+    held: Tensor | None, shape: tuple[int, ...], kind: tuple[torch.dtype, torch.device], kept: Sequence[Sequence[int]]
+) -> Tensor:
+    room = None if held is None else _room(held, shape[0], ours=bool(kept))
+    if room is None:
+        spare = shape[0] // 2 if kept else 0
+        room = torch.empty((shape[0] + spare, *shape[1:]), dtype=kind[0], device=kind[1])
+        if held is not None:
+            for start, to, rows in kept:
+                room[to : to + rows] = held[start : start + rows]
+    else:
+        for start, to, rows in kept:
+            if start != to:
+                room[to : to + rows] = room[start : start + rows].clone()  # they may overlap
+    return room[: shape[0]]
+
+
+def _room(held: Tensor, rows: int, *, ours: bool) -> Tensor | None:
+    """`held` with at least so many rows in its own memory, or None where that has too few or twice too many."""
+    if rows == len(held):
+        return held
+    all_rows, width = max(rows, len(held)), held.stride(0) * held.element_size()
+    capacity = held.untyped_storage().nbytes() // width if ours and width and not held.storage_offset() else 0
+    if not all_rows <= capacity <= 2 * rows:
+        return None
+    view: Any = held.new_empty(0)  # no stub knows that `set_` takes an untyped storage
+    return view.set_(held.untyped_storage(), 0, (all_rows, *held.shape[1:]))

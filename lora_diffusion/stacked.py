@@ -1,0 +1,76 @@
+"""One adapter of a stack: what it is, how strong, where it sits, and how large its change of each layer is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lora_diffusion.adapter import Adapter, LayerAdapter
+from lora_diffusion.gates import Resolved, Weight
+from lora_diffusion.lora import Pair, Part
+from lora_diffusion.methods import METHODS
+
+Site = tuple[str, str]  # component, live layer name
+
+
+@dataclass
+class Stacked:
+    """An adapter, its weight as it was given and as it was understood, and its share of each layer."""
+
+    name: str
+    adapter: Adapter
+    weight: Weight
+    resolved: Resolved
+    layers: dict[Site, LayerAdapter]
+    key: str  # content hash: the canonical order, so that stacking commutes
+    pairs: dict[Site, Pair] = field(default_factory=dict)
+    norms: dict[Site, float] = field(default_factory=dict)
+
+    def part(self, site: Site, layer: nn.Module) -> Part:
+        """What it puts on a layer: always the same pair, by which the slot knows its rows, or a new branch."""
+        if site not in self.pairs:
+            adapter = self.layers[site]
+            part = METHODS[adapter.method].part(self.name, adapter, layer)
+            if not isinstance(part, Pair):
+                return part
+            self.pairs[site] = part
+        return self.pairs[site]
+
+    def norm(self, site: Site, layer: nn.Module) -> float:
+        """Frobenius norm of its change of the layer's weight at weight 1; of a pair without making the product."""
+        if site not in self.norms:
+            part = self.part(site, layer)
+            if isinstance(part, Pair):
+                down, up = part.down.double().flatten(1), part.up.double().reshape(-1, part.rank)
+                square = float(((up.t() @ up) * (down @ down.t())).sum())
+                self.norms[site] = abs(part.scale) * math.sqrt(max(0.0, square))
+            else:
+                adapter = self.layers[site]
+                self.norms[site] = float(METHODS[adapter.method].delta(adapter, layer).double().norm())
+        return self.norms[site]
+
+
+def balance(
+    stacked: Sequence[Stacked], layers: Mapping[str, nn.Module], component: str
+) -> dict[tuple[str, str], float]:
+    """(adapter, layer) -> the factor that brings all adapters of that layer to one Frobenius norm.
+
+    The norm they meet at is the geometric mean of theirs, so that no order and no adapter is preferred.
+    """
+    factors: dict[tuple[str, str], float] = {}
+    for name, layer in layers.items():
+        there = [one for one in stacked if (component, name) in one.layers]
+        for one, factor in zip(there, balanced(one.norm((component, name), layer) for one in there), strict=True):
+            factors[one.name, name] = factor
+    return factors
+
+
+def balanced(norms: Iterable[float]) -> list[float]:
+    """Factors that bring these norms to their geometric mean. One that is 0 stays so and does not count."""
+    norms = list(norms)
+    logs = [math.log(norm) for norm in norms if norm > 0]
+    mean = math.exp(sum(logs) / len(logs)) if logs else 0.0
+    return [mean / norm if norm > 0 else 1.0 for norm in norms]

@@ -1,0 +1,104 @@
+"""Rows in one tensor: arranged in place they are what a fresh tensor would hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diffusion import AdapterStack
+from lora_diffusion.packing import arrange, repacked
+from tests.small import ADAPTERS, Pipe, X, small_adapter
+
+KIND = (torch.float32, torch.device("cpu"))
+TOKENS = [object() for _ in range(6)]
+RANKS = [1, 3, 2, 4, 1, 2]
+HISTORIES = st.lists(st.sets(st.integers(0, 5)), min_size=2, max_size=6)
+
+
+def rows_of(number: int) -> torch.Tensor:
+    """The rows of one block, different from all others."""
+    return number * 10 + torch.arange(RANKS[number])[:, None].expand(-1, 2).float()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(HISTORIES, st.booleans())
+def test_any_history_of_blocks_ends_in_the_same_rows(history: list[set[int]], backwards: bool) -> None:
+    held: torch.Tensor | None = None
+    before: list[tuple[object, int]] = []
+    for step, numbers in enumerate(history):
+        order = sorted(numbers, reverse=backwards and step % 2 == 1)  # now and then in another order
+        blocks = [(TOKENS[n], RANKS[n]) for n in order]
+        shape = (sum(RANKS[n] for n in order) + step % 3, 2)
+        held = repacked(held, shape, KIND, before, blocks, lambda index, order=order: rows_of(order[index]))
+        assert torch.equal(held, torch.cat([*map(rows_of, order), torch.zeros(step % 3, 2)]))
+        before = blocks
+
+
+def test_what_is_there_is_not_written_again() -> None:
+    held = [(TOKENS[n], RANKS[n]) for n in (0, 1, 3)]
+    plan = arrange(held, [(TOKENS[n], RANKS[n]) for n in (0, 1, 2, 3)])
+    assert plan.new == {2: 4}
+    assert plan.kept == [(0, 0, 4), (4, 6, 4)]  # one run that stays, one that makes room
+    gone = arrange(held, [(TOKENS[n], RANKS[n]) for n in (1, 3)])
+    assert (gone.new, gone.kept) == ({}, [(1, 0, 7)])
+
+
+def test_adding_reads_only_what_is_new() -> None:
+    pipe, fresh = Pipe(), Pipe()
+    stack, other = AdapterStack(pipe), AdapterStack(fresh)
+    for i in range(6):
+        one = small_adapter(f"x{i}", 2, 20 + i)
+        stack.add(one)
+        for *_, layer in one:
+            for tensor in layer.tensors.values():
+                tensor.data.fill_(float("nan"))  # nobody looks at it again
+    for i in reversed(range(6)):
+        other.add(small_adapter(f"x{i}", 2, 20 + i))
+    assert torch.equal(pipe.unet(X), fresh.unet(X))
+
+
+def test_memory_is_used_again_and_given_back() -> None:
+    stack = AdapterStack(pipe := Pipe())
+    layer = pipe.unet.up_blocks[0]["to_out"]
+    places, sizes = [], []
+    for i in range(8):
+        stack.add(small_adapter(f"x{i}", 2, 20 + i))
+        places.append(layer.adapters.down.data_ptr())
+        sizes.append(layer.adapters.down.untyped_storage().nbytes() // (4 * layer.in_features))
+    assert sizes == [2, 6, 6, 12, 12, 12, 21, 21]
+    assert places[3] == places[4] == places[5]
+    for i in range(7):
+        stack.remove(f"x{i}")
+    assert layer.adapters.down.untyped_storage().nbytes() <= 4 * 4 * layer.in_features
+
+
+def test_rows_that_were_rounded_on_the_way_are_written_again() -> None:
+    pipe, plain = Pipe(), Pipe()
+    for one in (pipe, plain):
+        one.unet.bfloat16()
+    stack = AdapterStack(pipe)
+    stack.add(ADAPTERS["a"])
+    for one in (pipe, plain):
+        one.unet.float()
+    stack.add(ADAPTERS["training"])
+    other = AdapterStack(plain)
+    other.add(ADAPTERS["training"])
+    other.add(ADAPTERS["a"])
+    assert torch.equal(pipe.unet(X), plain.unet(X))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_adapters_come_and_turn_inside_and_outside_of_inference_mode(inside: bool) -> None:
+    pipe, plain = Pipe(), Pipe()
+    stack, other = AdapterStack(pipe), AdapterStack(plain)
+    with torch.inference_mode(inside):
+        stack.add(ADAPTERS["a"])
+    with torch.inference_mode(not inside):
+        stack.add(ADAPTERS["training"], 0.5)
+        stack.weigh("a", 0.3)
+    stack.remove("training")
+    other.add(ADAPTERS["a"], 0.3)
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(X), plain.unet(X))
