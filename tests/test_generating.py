@@ -134,7 +134,9 @@ def test_files_from_blends_at_the_terminal(shelf: Path) -> None:
     assert "ranks 1 to 1" in run("resize", both, "--rank", 1, "-o", shelf / "small.safetensors")
     run("bake", both, "-b", shelf / "base", "-o", shelf / "baked")
     run("extract", shelf / "baked", shelf / "base", "--rank", 4, "-o", shelf / "out.safetensors")
-    assert "weights" in run("conflicts", ink, kiki)
+    assert "weights" in run("conflicts", ink, kiki, "--picture", shelf / "map.png")
+    assert Image.open(shelf / "map.png").height > 6 * 30
+    run("conflicts", ink, kiki, "--picture", shelf / "map.png", fails=ConfigError)
     run("resize", both, "--rank", 1, "-o", both, fails=ConfigError)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from lora_diffusion import Adapter, AdapterStack, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError
 from lora_diffusion.merging import bake, conflicts, extract, merge, resize
+from lora_diffusion.merging.conflicts import Conflict
+from lora_diffusion.merging.picture import heat_map
 from lora_diffusion.merging.rules import dare, della, prune, ties, trimmed
 from lora_diffusion.quantize import load_quantized
 from tests import tiny
@@ -147,6 +149,19 @@ def test_conflicts_of_known_pairs() -> None:
     apart = [LayerAdapter("lora", {"down": eye[i : i + 1], "up": eye.t()[i : i + 1].t()}, 1.0) for i in (0, 1)]
     (row,) = conflicts([Adapter(n, {"unet": {"mid_block.q": one}}) for n, one in zip("ab", apart, strict=True)])
     assert (row.columns, row.rows) == (0, 0)
+
+
+def test_the_heat_map_shows_each_figure_as_a_colour() -> None:
+    def row(pair: tuple[str, str], block: str, value: float) -> Conflict:
+        return Conflict(*pair, "unet", block, value, 0.0, 0.5, 1.0, (1.0, 1.0))
+
+    picture = heat_map([row(("a", "b"), "down.0", 0.0), row(("a", "b"), "mid", 1.0), row(("a", "c"), "mid", 0.5)])
+    colours = {colour for _, colour in picture.getcolors(1 << 16) or []}
+    assert {(247, 250, 252), (253, 184, 99), (165, 15, 21), (236, 236, 240)} <= colours  # 0, 0.5, 1, not met
+    taller = heat_map([row(("a", "b"), f"down.{i}", 0.1) for i in range(4)])
+    assert (taller.height - picture.height, taller.width < picture.width) == (60, True)
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        heat_map([])
 
 
 @pytest.fixture

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_diffusion.cli.options import parse_adapter
+from lora_diffusion.cli.options import Overwrite, parse_adapter, refuse_existing
 
 
 def conflicts(
     adapters: Annotated[list[str], typer.Argument(metavar="FILE FILE...", help="Two or more adapter files.")],
+    picture: Annotated[
+        Path | None, typer.Option("--picture", "-p", metavar="PNG", help="Draw overlaps and signs as a heat map too.")
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Where adapters get in each other's way, block by block, and weights that balance them.
 
-    Example: `lora-diffusion conflicts ink.safetensors kiki.safetensors`
+    Example: `lora-diffusion conflicts ink.safetensors kiki.safetensors --picture conflicts.png`
     """
     paths = [parse_adapter(text)[0] for text in adapters]
+    if picture is not None:
+        refuse_existing(picture, overwrite)
 
     from rich.table import Table
 
-    from lora_diffusion.cli.progress import console
+    from lora_diffusion.cli.progress import console, say
     from lora_diffusion.formats.files import load_adapter
     from lora_diffusion.merging import conflicts as find_conflicts
+    from lora_diffusion.merging.picture import heat_map
 
     table = Table("adapters", "component", "block", "columns", "rows", "signs", "norms", "weights")
-    for row in find_conflicts([load_adapter(path) for path in paths]):
+    found = find_conflicts([load_adapter(path) for path in paths])
+    for row in found:
         figures = (f"{row.columns:.2f}", f"{row.rows:.2f}", f"{row.signs:.2f}", f"{row.ratio:.2f}")
         weights = f"{row.weights[0]:.2f} / {row.weights[1]:.2f}"
         table.add_row(f"{row.first} / {row.second}", row.component, row.block, *figures, weights)
     console.print(table)
+    if picture is not None:
+        heat_map(found).save(picture)
+        say(str(picture))
