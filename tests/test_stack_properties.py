@@ -63,21 +63,27 @@ def test_any_history_leaves_what_the_adapters_alone_would_give(steps: list[tuple
     assert torch.equal(pipe.unet(X), base)
 
 
-def test_no_recompilation_over_weight_changes_and_swaps_within_the_reserve() -> None:
-    graphs: list[int] = []
+class Counting:
+    """A back end of `torch.compile` that compiles nothing and counts the graphs it is given."""
 
-    def counting(module: torch.fx.GraphModule, _inputs: Any) -> Any:
-        graphs.append(1)
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, _inputs: Any) -> Any:
+        self.graphs += 1
         return module.forward
 
-    torch._dynamo.reset()
+
+def test_no_recompilation_over_weight_changes_and_swaps_within_the_reserve() -> None:
+    counting = Counting()
     pipe = Pipe()
     stack = AdapterStack(pipe)
     stack.reserve(8, "all-linear+conv")
     compiled = torch.compile(pipe.unet, backend=counting)
     with torch.no_grad():
         base = compiled(X)
-        after_first = len(graphs)
+        after_first = counting.graphs
         results = []
         stack.add(ADAPTERS["a"])
         for weight in (1.0, 0.0, -2.0, {"down": 0.5}):
@@ -91,7 +97,7 @@ def test_no_recompilation_over_weight_changes_and_swaps_within_the_reserve() -> 
         results.append(compiled(X))
         stack.clear()
         results.append(compiled(X))
-        assert len(graphs) == after_first
+        assert counting.graphs == after_first
         stack.add(ADAPTERS["a"])
         torch.testing.assert_close(compiled(X), results[0])
         torch.testing.assert_close(pipe.unet(X), results[0], rtol=1e-4, atol=1e-5)
@@ -103,13 +109,7 @@ def test_no_recompilation_over_weight_changes_and_swaps_within_the_reserve() -> 
 
 
 def test_a_schedule_does_not_recompile() -> None:
-    graphs: list[int] = []
-
-    def counting(module: torch.fx.GraphModule, _inputs: Any) -> Any:
-        graphs.append(1)
-        return module.forward
-
-    torch._dynamo.reset()
+    counting = Counting()
     pipe = Pipe()
     pipe.unet = torch.compile(pipe.unet, backend=counting)
     stack = AdapterStack(pipe)
@@ -121,8 +121,8 @@ def test_a_schedule_does_not_recompile() -> None:
         for value[0] in (0.0, 0.5, 1.0):
             outs.append(pipe.unet(X))
             if len(outs) == 1:
-                first = len(graphs)
-    assert len(graphs) == first
+                first = counting.graphs
+    assert counting.graphs == first
     assert not torch.equal(outs[1], outs[2])
 
 
