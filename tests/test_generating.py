@@ -21,6 +21,7 @@ from lora_diffusion.cli.generate import generate
 from lora_diffusion.cli.grid import grid
 from lora_diffusion.cli.merge import merge
 from lora_diffusion.cli.resize import resize
+from lora_diffusion.composing import Composition
 from lora_diffusion.errors import ConfigError, TargetError
 from lora_diffusion.generating import RECIPE, read_recipe
 from lora_diffusion.library import Library, by_image, parse_prompt, parse_prompts
@@ -88,12 +89,14 @@ def _copy(path: Path) -> tuple[Any]:
 
 def test_generate_from_a_picture_makes_the_same_pixels(shelf: Path) -> None:
     few = ["-b", shelf / "base", "--steps", 2, "--size", "32x32"]
+    mode = ["--compose", "composite", "--every", 3, "--balance"]
     prompts = ["a fox <lora:ink:0.8>", "a cat <lora:styles/kiki:te=0.5:unet=0@0,1@1>"]
     ink = shelf / "loras" / "people" / "kiki.safetensors"
-    run("generate", *prompts, "-a", f"{ink}:-0.3", "-l", shelf / "loras", "-o", shelf / "x.png", *few)
+    run("generate", *prompts, "-a", f"{ink}:-0.3", "-l", shelf / "loras", "-o", shelf / "x.png", *few, *mode)
     drawn = shelf / "x-2.png"
     made = read_recipe(drawn)
     assert made.order.prompts == ["a fox", "a cat"]
+    assert made.composition == Composition("composite", 3, balance=True)
     assert made.order.weights["styles/kiki"] == [0.0, {"te": 0.5, "unet": "0@0,1@1"}]
     (shelf / "loras" / "people" / "kiki.safetensors").rename(shelf / "loras" / "moved.safetensors")
     run("generate", "--from", drawn, "-l", shelf / "loras", "-o", shelf / "again.png")
