@@ -88,17 +88,17 @@ class Slot(nn.Module):
         weight = frozen_weight(layer)
         device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
         pairs = [part for part in parts if isinstance(part, Pair)]
-        rows = max(sum(pair.rank for pair in pairs), self.reserve)
+        blocks = [(pair.token, pair.rank) for pair in pairs]
+        rows = max(sum(rank for _, rank in blocks), self.reserve)
         kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # of a norm's slot: no rows
         with torch.inference_mode(mode=False), torch.no_grad():
-            blocks = [(pair.token, pair.rank) for pair in pairs]
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 new = functools.partial(_rows, pairs, name, shape)
                 packed = repacked(self._held(name), shape, (dtype, device), self.packed, blocks, new)
                 if (held := self._held(name)) is None or not held.is_set_to(packed):
                     self.register_parameter(name, nn.Parameter(packed, requires_grad=trainable and rows > 0))
         self.packed = () if trainable else tuple(blocks)
-        self.pairs = tuple((pair.name, pair.rank, pair.scale) for pair in pairs)
+        self.pairs = tuple((pair.name, rank, pair.scale) for pair, (_, rank) in zip(pairs, blocks, strict=True))
         branches = [part for part in parts if isinstance(part, Branch)]
         self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
         self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
