@@ -28,7 +28,7 @@ LEVELS = (
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
     ("attachment", "pipelines", "clock", "tokens", "fusing", "library", "resident"),
-    ("dial",),
+    ("dial", "fitting"),
     ("stack", "training"),
     ("generating", "inspection", "merging"),
     ("quickstart", "axes"),
