@@ -139,17 +139,32 @@ class Adapter:
         """The same adapter under another name (tensors are shared)."""
         return replace(self, name=name)
 
-    def check(self) -> None:
-        """Raise AdapterFileError for an adapter without content, a non-finite value or a non-finite alpha."""
+    def check_content(self) -> None:
+        """Raise AdapterFileError for an adapter without a layer and without an embedding."""
         if not len(self) and not self.embeddings:
             raise AdapterFileError(f"adapter {self.name!r} holds no layer and no embedding")
-        for component, name, layer in self:
-            if layer.alpha is not None and not math.isfinite(layer.alpha):
-                raise AdapterFileError(f"adapter {self.name!r}: {component} {name}: alpha is {layer.alpha}")
-        bad = [f"{c}.{n}.{key}" for c, n, layer in self for key, t in layer.tensors.items() if not is_finite(t)]
-        bad += [f"{t}.{c}" for t, vectors in self.embeddings.items() for c, v in vectors.items() if not is_finite(v)]
+
+    def check(self) -> None:
+        """Raise AdapterFileError for an adapter without content, a non-finite value or a non-finite alpha."""
+        self.check_content()
+        bad = [f"{c} {n}: {fault}" for c, n, layer in self if (fault := not_finite(layer))]
+        bad += [
+            f"{token} {component}: it holds values that are not finite numbers"
+            for token, vectors in self.embeddings.items()
+            for component, vector in vectors.items()
+            if not is_finite(vector)
+        ]
         if bad:
-            raise AdapterFileError(f"adapter {self.name!r}: {some(bad)} hold values that are not finite numbers")
+            more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
+            raise AdapterFileError(f"adapter {self.name!r}: {bad[0]}{more}")
+
+
+def not_finite(layer: LayerAdapter) -> str | None:
+    """What of a layer is no finite number, as a sentence; None where all is."""
+    if layer.alpha is not None and not math.isfinite(layer.alpha):
+        return f"alpha is {layer.alpha}"
+    bad = [part for part, tensor in layer.tensors.items() if not is_finite(tensor)]
+    return f"{some(bad)} holds values that are not finite numbers" if bad else None
 
 
 def flat(name: str) -> str:

@@ -9,7 +9,7 @@ attachment.detach()
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -140,16 +140,10 @@ def attach(
     return attachment
 
 
-def check_layers(component: str, layers: Mapping[str, LayerAdapter], model: nn.Module) -> list[str]:
-    """What does not fit, one sentence a layer: unknown methods' tensors, missing halves, wrong shapes."""
-    return [
-        f"{component} {name}: {fault}"
-        for name, adapter in layers.items()
-        if (fault := _fault(adapter, model.get_submodule(name)))
-    ]
-
-
-def _fault(adapter: LayerAdapter, layer: nn.Module) -> str | None:
+def fault_of(adapter: LayerAdapter, layer: nn.Module) -> str | None:
+    """What does not fit, as a sentence (unknown method, missing or foreign tensors, wrong shapes); None if it fits."""
+    if adapter.method not in METHODS:
+        return f"the method {adapter.method!r} cannot be put on a model; there are {', '.join(METHODS)}"
     method = METHODS[adapter.method]
     if missing := [key for key, required in method.tensors.items() if required and key not in adapter.tensors]:
         return f"{some(missing)} missing from the {adapter.method} tensors"

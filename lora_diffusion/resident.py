@@ -32,21 +32,21 @@ class Residents(Generic[Plan]):
 
     def __init__(self, make: Callable[[Adapter], Plan]) -> None:
         self._make = make
-        self._files: dict[tuple[Path, int, int], Adapter] = {}
+        self._files: dict[tuple[Path, int, int, bool], Adapter] = {}
         self._met: dict[int, Met[Plan]] = {}
         self._plans: dict[str, Plan] = {}
 
-    def read(self, adapter: Adapter | str | Path) -> Adapter:
+    def read(self, adapter: Adapter | str | Path, *, strict: bool = True) -> Adapter:
         """The adapter of a file, read once while the file stays the same. AdapterFileError for a bad one."""
         if isinstance(adapter, Adapter):
             return adapter
         path = Path(adapter)
         if not path.is_file():
-            return load_adapter(path)
+            return load_adapter(path, strict=strict)
         facts = path.stat()
-        known = (path.resolve(), facts.st_size, facts.st_mtime_ns)
+        known = (path.resolve(), facts.st_size, facts.st_mtime_ns, strict)
         if known not in self._files:
-            self._files[known] = load_adapter(path)
+            self._files[known] = load_adapter(path, strict=strict)
         return self._files[known]
 
     def plan(self, adapter: Adapter) -> tuple[str, Plan]:

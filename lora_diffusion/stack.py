@@ -18,17 +18,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
-from lora_diffusion.attachment import check_layers
 from lora_diffusion.clock import Clock
 from lora_diffusion.composing import Composition
 from lora_diffusion.dial import Dial
-from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, did_you_mean, some
-from lora_diffusion.families.naming import resolve
+from lora_diffusion.errors import ConfigError, TargetError, did_you_mean
+from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Weight, resolve_weight
 from lora_diffusion.lora import Slot, place, slot_of, take_off
 from lora_diffusion.resident import Residents
-from lora_diffusion.stacked import Site, Stacked, balance
+from lora_diffusion.stacked import Stacked, balance
 from lora_diffusion.targets import Targets, find_targets
 from lora_diffusion.tokens import Vocabulary
 
@@ -44,7 +43,7 @@ class AdapterStack:
         self._stacked: dict[str, Stacked] = {}
         self._reserved: dict[Site, int] = {}
         self._vocabulary = Vocabulary(pipe)
-        self.residents: Residents[dict[Site, LayerAdapter]] = Residents(self._plan)
+        self.residents: Residents[Fit] = Residents(self._plan)
         self._fusion: Fusion | None = None
         self.composition = Composition()
 
@@ -67,23 +66,28 @@ class AdapterStack:
         sites, self._reserved = self._reserved, {}
         self._repack(sites)
 
-    def add(self, adapter: Adapter | str | Path, weight: Weight = 1.0, *, name: str | None = None) -> str:
+    def add(
+        self, adapter: Adapter | str | Path, weight: Weight = 1.0, *, name: str | None = None, strict: bool = True
+    ) -> str:
         """Put an adapter (or the file of one) on the pipeline; returns its name in the stack.
 
         Everything is checked before anything is changed: AdapterFileError for a bad file,
         AdapterMismatchError where a layer or a shape does not fit, TargetError for a name that is taken.
-        Tokens that the adapter carries are added to tokenizers and text encoders until it goes.
+        Not strict, what cannot be used is left out and stands in `left_out`; an adapter of which nothing fits is an
+        error either way. Tokens that the adapter carries are added to tokenizers and text encoders until it goes.
         """
         self._refuse_if_fused()
-        adapter = self.residents.read(adapter)
+        adapter = self.residents.read(adapter, strict=strict)
         name = adapter.name if name is None else name
         if name in self._stacked:
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
         resolved = resolve_weight(weight, self._layers, name)
-        key, layers = self.residents.plan(adapter)
+        key, found = self.residents.plan(adapter)
+        found.check(adapter, self.components) if strict else found.check_any(adapter)
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in self._stacked.values()), name)
-        self._stacked[name] = Stacked(name, adapter, weight, resolved, layers, key)
-        self._repack(layers)
+        left_out = {} if strict else adapter.unused | found.unplaced
+        self._stacked[name] = Stacked(name, adapter, weight, resolved, found.layers, key, left_out)
+        self._repack(found.layers)
         self._retoken(adapter)
         return name
 
@@ -178,6 +182,13 @@ class AdapterStack:
         """The content hash of an adapter on the stack, as it was when it came."""
         return self._stacked[self._known(name)].key
 
+    def left_out(self, name: str) -> dict[str, str]:
+        """What of an adapter is not on the pipeline, tensor or layer of its file -> why: empty if it came strictly.
+
+        `lora_diffusion.inspection.coverage.cover(stack[name], pipe)` makes a report of it.
+        """
+        return dict(self._stacked[self._known(name)].left_out)
+
     @property
     def weights(self) -> dict[str, Weight]:
         """name -> weight, in the order they were added."""
@@ -210,27 +221,9 @@ class AdapterStack:
             raise TargetError(f"no adapter {name!r} in the stack; there are {there}{did_you_mean(name, self._stacked)}")
         return name
 
-    def _plan(self, adapter: Adapter) -> dict[Site, LayerAdapter]:
-        """Where every layer goes, shapes checked. Changes nothing."""
-        adapter.check()
-        planned: dict[Site, LayerAdapter] = {}
-        unmatched: list[str] = []
-        faults: list[str] = []
-        for component, layers in adapter.layers.items():
-            model = self.components.get(component)
-            if model is None:
-                unmatched += [f"{component}.{name}" for name in layers]
-                continue
-            resolution = resolve(layers, model)
-            unmatched += [f"{component}.{name}" for name in resolution.unmatched]
-            faults += check_layers(component, resolution.layers, model)
-            planned |= {(component, name): layer for name, layer in resolution.layers.items()}
-        if unmatched:
-            raise AdapterMismatchError(_unmatched(adapter, unmatched, self.components))
-        if faults:
-            more = f" ({len(faults) - 1} more like it)" if len(faults) > 1 else ""
-            raise AdapterMismatchError(f"adapter {adapter.name!r}: {faults[0]}{more}")
-        return planned
+    def _plan(self, adapter: Adapter) -> Fit:
+        adapter.check_content()
+        return fit(adapter, self.components)
 
     @cached_property
     def _layers(self) -> dict[str, list[str]]:
@@ -290,9 +283,3 @@ def _inner(host: nn.Module) -> nn.Module:
     """The model inside what `torch.compile` returned."""
     inner = getattr(host, "_orig_mod", host)
     return inner if isinstance(inner, nn.Module) else host
-
-
-def _unmatched(adapter: Adapter, unmatched: list[str], components: dict[str, nn.Module]) -> str:
-    share = f"{len(unmatched)} of {len(adapter)} layers find no place"
-    live = ", ".join(f"{name} ({type(model).__name__})" for name, model in components.items())
-    return f"adapter {adapter.name!r}: {share} on {live}: {some(unmatched)}; probably trained for another model family"

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
+from lora_diffusion.fitting import Site
 from lora_diffusion.gates import Resolved, Weight
 from lora_diffusion.lora import Pair, Part
 from lora_diffusion.methods import METHODS
-
-Site = tuple[str, str]  # component, live layer name
 
 
 @dataclass
@@ -26,6 +25,7 @@ class Stacked:
     resolved: Resolved
     layers: dict[Site, LayerAdapter]
     key: str  # content hash: the canonical order, so that stacking commutes
+    left_out: dict[str, str] = field(default_factory=dict)  # of the file, not on -> why; empty unless added leniently
     pairs: dict[Site, Pair] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.adapter import is_finite
 from lora_diffusion.errors import AdapterMismatchError, some
 
 Embeddings = Mapping[str, Mapping[str, Tensor]]  # token -> component -> (n, width)
@@ -38,6 +39,8 @@ class Vocabulary:
                 if rows.shape[-1] != width:
                     found = f"vectors are {rows.shape[-1]} wide, {component} is {width}"
                     raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r}: {found}; another model family")
+                if not is_finite(rows):
+                    raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r} of {component} is not finite")
                 if token in taken or token in tokenizer.get_vocab():
                     raise AdapterMismatchError(f"adapter {adapter!r}: token {some([token])} is known already")
 

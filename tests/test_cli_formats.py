@@ -83,6 +83,16 @@ def test_convert_there_and_back_is_the_same_adapter(file: Path, spelling: str, t
         run("convert", there, back, "--to", "diffusers", "--base", tmp_path / "base")
 
 
+def test_convert_writes_a_peft_folder(tmp_path: Path):
+    adapter = random_adapters.over(tiny.sd(), "unet")
+    tiny.sd().save_pretrained(tmp_path / "base")
+    source = save_adapter(adapter, tmp_path / "a.safetensors", format="kohya")
+    code, said = run("convert", source, tmp_path / "folder", "--to", "peft", "--base", tmp_path / "base")
+    assert code == 0, said
+    again = load_adapter(tmp_path / "folder")
+    assert (again, again.spelling) == (adapter, "peft")
+
+
 def test_convert_reads_a_pickle_and_says_so(tmp_path: Path):
     torch.save({"<cat>": torch.ones(8)}, tmp_path / "a.bin")
     code, said = run("convert", tmp_path / "a.bin", tmp_path / "a.safetensors", "--to", "embedding")

@@ -27,8 +27,9 @@ LEVELS = (
     ("adapter", "branches"),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
-    ("attachment", "pipelines", "clock", "tokens", "fusing", "library", "resident", "stacked", "composing"),
-    ("dial",),
+    ("attachment", "pipelines", "clock", "tokens", "fusing", "library", "resident", "composing"),
+    ("dial", "fitting"),
+    ("stacked",),
     ("stack", "training"),
     ("generating", "inspection", "merging"),
     ("quickstart", "axes"),

@@ -18,8 +18,8 @@ _DIFFUSERS_NAMES_EVERYWHERE = {"Stable Diffusion 1.x", "Stable Diffusion 2.x"}
 
 def convert(
     source: Annotated[Path, typer.Argument(help="Adapter file of any spelling; .pt, .bin and .ckpt too.")],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    to: Annotated[str, typer.Option("--to", help="Spelling to write: diffusers, kohya, comfy or embedding.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file (for peft, the folder) to write.")],
+    to: Annotated[str, typer.Option("--to", help="Spelling to write: diffusers, kohya, comfy, embedding or peft.")],
     base: Annotated[
         str | None, typer.Option("--base", "-b", help="Pipeline folder, for families not known by heart.")
     ] = None,
@@ -35,11 +35,15 @@ def convert(
     """
     from lora_diffusion.formats.files import load_adapter, save_adapter
     from lora_diffusion.formats.legacy import SUFFIXES, load_legacy
+    from lora_diffusion.formats.peft_folder import MODEL, save_peft_folder
 
     legacy = source.suffix.lower() in SUFFIXES
     adapter = load_legacy(source, strict=strict) if legacy else load_adapter(source, strict=strict)
     adapter = _named_for(adapter, to, base)
-    save_adapter(adapter, target, format=to, overwrite=overwrite)
+    if to == "peft":
+        written = save_peft_folder(adapter, target) / MODEL
+    else:
+        written = save_adapter(adapter, target, format=to, overwrite=overwrite)
     said = {
         "from": str(source),
         "read as": f"{adapter.spelling}{' (pickle, tensors only)' if legacy else ''}",
@@ -47,7 +51,7 @@ def convert(
         "written as": to,
         "layers": len(adapter),
         "not used": adapter.unused,
-        "bytes": target.stat().st_size,
+        "bytes": written.stat().st_size,
     }
     if as_json:
         print(json.dumps(said))

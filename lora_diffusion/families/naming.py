@@ -6,8 +6,8 @@ live layers that own its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -24,66 +24,87 @@ class Resolution:
     """Layers of one component by live name, and the names that found no layer."""
 
     layers: dict[str, LayerAdapter] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)  # live name -> the file's name for it
     unmatched: list[str] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)  # the file's name -> why it has no place; if not strict
 
 
-def resolve(layers: dict[str, LayerAdapter], model: nn.Module) -> Resolution:
+def resolve(layers: dict[str, LayerAdapter], model: nn.Module, *, strict: bool = True) -> Resolution:
     """Match the file's layer names with `model`'s modules.
 
     AdapterMismatchError where two candidates answer to one name, two names to one layer, or a fused layer
-    cannot be divided.
+    cannot be divided. Not strict, such a name stands in `faults` and has no share in `layers`.
     """
-    live = {name: module for name, module in model.named_modules() if name}
+    live = _Live(model)
     result = Resolution()
-    if is_numbered(layers):
-        layers = number_layers(layers, live)
-    index = _index(live)
-    originals: dict[str, list[tuple[str, Place]]] | None = None
-    for name, layer in layers.items():
-        found = _direct(name, index)
-        if not found:
-            if originals is None:  # most files need no table
-                originals = _originals(type(model).__name__, live)
-            found = originals.get(same_layer(name), [])
-        if len(found) > 1:
-            raise AdapterMismatchError(f"{name!r} could be {found[0][0]!r} or {found[1][0]!r} of the model")
-        if not found:
-            result.unmatched.append(name)
+    for name, layer in _named(layers, live, result, strict).items():
+        try:
+            shares = _shares(name, layer, live)
+            if taken := [target for target, _ in shares if target in result.layers]:
+                other = result.origins[taken[0]]
+                raise AdapterMismatchError(f"{name!r} and {other!r} of the file are both {taken[0]!r} of the model")
+        except AdapterMismatchError as error:
+            if strict:
+                raise
+            result.faults[name] = str(error)
             continue
-        for target, share in _shares(name, layer, found[0][1], live):
-            if target in result.layers:
-                raise AdapterMismatchError(f"two layers of the file are {target!r} of the model; {name!r} is one")
-            result.layers[target] = share
+        if not shares:
+            result.unmatched.append(name)
+        result.layers |= shares
+        result.origins |= {target: name for target, _ in shares}
     return result
 
 
-def _shares(name: str, layer: LayerAdapter, place: Place, live: dict[str, nn.Module]) -> list[tuple[str, LayerAdapter]]:
+class _Live:
+    """A model's modules by name, by flattened name and by the checkpoint's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kind = type(model).__name__
+        self.modules = {name: module for name, module in model.named_modules() if name}
+        self._flat: dict[str, list[str]] = {}
+        for name in self.modules:
+            self._flat.setdefault(same_layer(name), []).append(name)
+
+    @cached_property
+    def _originals(self) -> dict[str, list[tuple[str, Place]]]:
+        index: dict[str, list[tuple[str, Place]]] = {}
+        for name, place in places(self.kind, self.modules).items():
+            index.setdefault(same_layer(name), []).append((name, place))
+        return index
+
+    def find(self, name: str) -> Place | None:
+        """The place that a file's name means; AdapterMismatchError for two of them."""
+        candidates = self._flat.get(same_layer(name), [])
+        if name in candidates or len(candidates) == 1:  # most files need no table of originals
+            return Place((name if name in candidates else candidates[0],))
+        found = [(c, Place((c,))) for c in candidates] or self._originals.get(same_layer(name), [])
+        if len(found) > 1:
+            raise AdapterMismatchError(f"{name!r} could be {found[0][0]!r} or {found[1][0]!r} of the model")
+        return found[0][1] if found else None
+
+
+def _named(layers: dict[str, LayerAdapter], live: _Live, result: Resolution, strict: bool) -> dict[str, LayerAdapter]:
+    if not is_numbered(layers):
+        return layers
+    try:
+        return number_layers(layers, live.modules)
+    except AdapterMismatchError as error:
+        if strict:
+            raise
+        result.faults = dict.fromkeys(layers, str(error))
+        return {}
+
+
+def _shares(name: str, layer: LayerAdapter, live: _Live) -> list[tuple[str, LayerAdapter]]:
+    place = live.find(name)
+    if place is None:
+        return []
     if len(place.layers) == 1 and not place.swapped:
         return [(place.layers[0], layer)]
-    odd = [target for target in place.layers if not (is_linear(live[target]) or is_convolution(live[target]))]
-    if odd:
+    modules = [live.modules[target] for target in place.layers]
+    if odd := [t for t, m in zip(place.layers, modules, strict=True) if not (is_linear(m) or is_convolution(m))]:
         raise AdapterMismatchError(f"{name!r} is {odd[0]!r} of the model, which is no layer whose rows can be divided")
-    widths = [out_width(live[target]) for target in place.layers]
+    widths = [out_width(module) for module in modules]
     if place.swapped:
         return [(place.layers[0], swap_halves(layer, widths[0], name))]
     return list(zip(place.layers, split_rows(layer, widths, name), strict=True))
-
-
-def _direct(name: str, index: dict[str, list[str]]) -> list[tuple[str, Place]]:
-    candidates = index.get(same_layer(name), [])
-    found = [name] if name in candidates else candidates
-    return [(candidate, Place((candidate,))) for candidate in found]
-
-
-def _index(names: Iterable[str]) -> dict[str, list[str]]:
-    index: dict[str, list[str]] = {}
-    for name in names:
-        index.setdefault(same_layer(name), []).append(name)
-    return index
-
-
-def _originals(model_class: str, live: dict[str, nn.Module]) -> dict[str, list[tuple[str, Place]]]:
-    index: dict[str, list[tuple[str, Place]]] = {}
-    for name, place in places(model_class, live).items():
-        index.setdefault(same_layer(name), []).append((name, place))
-    return index

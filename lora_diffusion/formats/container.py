@@ -110,7 +110,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             _serialise(file, tensors, metadata)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
@@ -300,7 +300,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode mask."""
     current = os.umask(0)
     os.umask(current)
     return current

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter
+from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.assemble import assemble
@@ -54,17 +54,13 @@ class Diffusers:
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata. AdapterFileError for other methods than `lora` and `dora`, flattened names, tokens."""
-        _check_sayable(adapter)
+        check_pairs(adapter, "Diffusers")
         tensors: dict[str, Tensor] = {}
         config: dict[str, Any] = {}
         for component, layers in adapter.layers.items():
             is_text = component.startswith("text_encoder")
             for name, layer in layers.items():
-                path = f"{component}.{_with_clip_level(name) if is_text else name}"
-                tensors |= {f"{path}.{_SUFFIXES[part]}": tensor for part, tensor in layer.tensors.items()}
-                magnitude = layer.tensors.get("magnitude")
-                if magnitude is not None and layer.tensors["down"].ndim == 4:
-                    tensors[f"{path}.{_SUFFIXES['magnitude']}"] = magnitude.reshape(1, -1, 1, 1)
+                tensors |= pair_tensors(f"{component}.{_with_clip_level(name) if is_text else name}", layer)
             live = {name.removeprefix("text_model.") if is_text else name: layer for name, layer in layers.items()}
             config |= {f"{component}.{key}": value for key, value in config_of(live, is_text).items()}
         return tensors, {**adapter.metadata, "format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
@@ -74,29 +70,39 @@ def _with_clip_level(name: str) -> str:
     return f"text_model.{name}" if name.startswith(_CLIP_BODY) else name
 
 
-def _check_sayable(adapter: Adapter) -> None:
+def pair_tensors(path: str, layer: LayerAdapter) -> dict[str, Tensor]:
+    """One layer's tensors under PEFT's suffixes."""
+    tensors = {f"{path}.{_SUFFIXES[part]}": tensor for part, tensor in layer.tensors.items()}
+    magnitude = layer.tensors.get("magnitude")
+    if magnitude is not None and layer.tensors["down"].ndim == 4:
+        tensors[f"{path}.{_SUFFIXES['magnitude']}"] = magnitude.reshape(1, -1, 1, 1)
+    return tensors
+
+
+def check_pairs(adapter: Adapter, spelling: str) -> None:
+    """AdapterFileError for what PEFT's LoRA cannot say: tokens, other methods than lora and dora, flattened names."""
     who = f"adapter {adapter.name!r}"
     if adapter.embeddings:
-        raise AdapterFileError(f"{who}: the Diffusers spelling has no place for tokens ({some(adapter.embeddings)})")
+        raise AdapterFileError(f"{who}: the {spelling} spelling has no place for tokens ({some(adapter.embeddings)})")
     others = sorted(adapter.methods - {"lora", "dora"})
     if others:
-        raise AdapterFileError(f"{who}: the Diffusers spelling cannot say {some(others)}, only lora and dora")
+        raise AdapterFileError(f"{who}: the {spelling} spelling cannot say {some(others)}, only lora and dora")
     parts = [f"{n}.{part}" for _, n, layer in adapter for part in layer.tensors if part not in _SUFFIXES]
     if parts:
-        raise AdapterFileError(f"{who}: the Diffusers spelling cannot say {some(parts)}")
+        raise AdapterFileError(f"{who}: the {spelling} spelling cannot say {some(parts)}")
     by_input = [n for _, n, layer in adapter if layer.method == "dora" and layer.tensors["magnitude"].ndim > 1]
     if by_input:
         raise AdapterFileError(
-            f"{who}: {some(by_input)} have a magnitude for each input; Diffusers' DoRA has none such"
+            f"{who}: {some(by_input)} have a magnitude for each input; {spelling}'s DoRA has none such"
         )
     flattened = [name for _, name, _ in adapter if _FLATTENED.match(name)]
     if flattened:
         raise AdapterFileError(
-            f"{who}: {some(flattened)} are flattened names; Diffusers needs dotted ones, which only the model has"
+            f"{who}: {some(flattened)} are flattened names; {spelling} needs dotted ones, which only the model has"
         )
     for component, layers in adapter.layers.items():
         if len({layer.method for layer in layers.values()}) > 1:
-            raise AdapterFileError(f"{who}: Diffusers takes DoRA on all layers of {component} or on none")
+            raise AdapterFileError(f"{who}: {spelling} takes DoRA on all layers of {component} or on none")
 
 
 DIFFUSERS = Diffusers()

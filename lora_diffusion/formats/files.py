@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter
+from lora_diffusion.adapter import Adapter, is_finite, not_finite
 from lora_diffusion.errors import AdapterFileError, some
-from lora_diffusion.formats import FORMATS, Format, container
+from lora_diffusion.formats import FORMATS, Format, Parsed, container
 from lora_diffusion.formats.embeddings import UNNAMED
 from lora_diffusion.formats.keys import refused
 from lora_diffusion.formats.peft_config import SIDECAR_KEY
@@ -52,6 +52,7 @@ def understand(
         raise AdapterFileError(f"{file.name}: {error}") from None
     if UNNAMED in parsed.embeddings:
         parsed.embeddings = _named(parsed.embeddings, file.stem, file)
+    _set_aside_what_is_not_finite(parsed)
     adapter = Adapter(file.stem, parsed.layers, parsed.embeddings, dict(metadata), file, spelling.name, parsed.unused)
     _check(adapter, file, strict)
     return adapter
@@ -112,6 +113,18 @@ def _named(embeddings: dict[str, dict[str, Tensor]], name: str, file: Path) -> d
     return {token or name: vectors for token, vectors in embeddings.items()}
 
 
+def _set_aside_what_is_not_finite(parsed: Parsed) -> None:
+    for component, layers in parsed.layers.items():
+        bad = {name: fault for name, layer in layers.items() if (fault := not_finite(layer))}
+        parsed.unused |= {f"{component}.{name}": fault for name, fault in bad.items()}
+        parsed.layers[component] = {name: layer for name, layer in layers.items() if name not in bad}
+    for token, vectors in parsed.embeddings.items():
+        bad = [component for component, vector in vectors.items() if not is_finite(vector)]
+        parsed.unused |= {f"{token} of {c}": "it holds values that are not finite numbers" for c in bad}
+        parsed.embeddings[token] = {c: vector for c, vector in vectors.items() if c not in bad}
+    parsed.embeddings = {token: vectors for token, vectors in parsed.embeddings.items() if vectors}
+
+
 def _recognise(keys: Collection[str], metadata: Mapping[str, str], path: Path) -> Format:
     for spelling in FORMATS.values():
         if spelling.recognises(keys, metadata):
@@ -134,5 +147,3 @@ def _check(adapter: Adapter, path: Path, strict: bool) -> None:
         )
     if not len(adapter) and not adapter.embeddings:
         raise AdapterFileError(f"{path.name}: nothing in it could be used ({some(unused)[:300]})")
-    if strict:
-        adapter.check()

@@ -44,7 +44,8 @@ class Named:
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """AdapterFileError always."""
         raise AdapterFileError(
-            f"adapter {adapter.name!r}: the {self.name} spelling is only read; write diffusers, kohya or comfy"
+            f"adapter {adapter.name!r}: the {self.name} spelling is only read; write diffusers, kohya or comfy, "
+            "or a PEFT folder (save_peft_folder)"
         )
 
 

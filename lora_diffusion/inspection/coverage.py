@@ -18,12 +18,10 @@ from rich.table import Table
 from torch import nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
-from lora_diffusion.errors import AdapterMismatchError, TargetError
-from lora_diffusion.families.naming import resolve
+from lora_diffusion.fitting import fit
 from lora_diffusion.formats.identity import family_of, settings_of, tool_of, trigger_words
 from lora_diffusion.formats.provenance import named_layers
 from lora_diffusion.inspection.blocks import block_of, in_order
-from lora_diffusion.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class CoverageReport:
 def cover(adapter: Adapter, pipe: Any = None) -> CoverageReport:
     """What `adapter` is, and with `pipe` (a Diffusers pipeline or component -> model) where its layers go."""
     family = family_of(named_layers(adapter))
-    unplaced, placed = ({}, None) if pipe is None else _place(adapter, _models(pipe))
+    found = None if pipe is None else fit(adapter, _models(pipe))
     return CoverageReport(
         name=adapter.name,
         spelling=adapter.spelling or "none",
@@ -125,60 +123,14 @@ def cover(adapter: Adapter, pipe: Any = None) -> CoverageReport:
         trigger_words=trigger_words(adapter.metadata),
         settings=settings_of(adapter.metadata),
         unused=dict(adapter.unused),
-        unplaced=unplaced,
-        placed=placed,
+        unplaced={} if found is None else found.unplaced,
+        placed=None if found is None else len(found.layers),
     )
 
 
 def _models(pipe: Any) -> Mapping[str, nn.Module]:
     components = pipe if isinstance(pipe, dict) else pipe.components
     return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
-
-
-def _place(adapter: Adapter, models: Mapping[str, nn.Module]) -> tuple[dict[str, str], int]:
-    unplaced: dict[str, str] = {}
-    placed = 0
-    for component, layers in adapter.layers.items():
-        if component not in models:
-            unplaced |= {f"{component}.{name}": f"the pipeline has no {component}" for name in layers}
-            continue
-        for name, layer in layers.items() if not _numbered(layers) else [("#", None)]:
-            share = layers if layer is None else {name: layer}
-            targets, fault = _placed(share, models[component])
-            placed += targets
-            unplaced |= {f"{component}.{name}": fault} if fault else {}
-    return unplaced, placed
-
-
-def _numbered(layers: Mapping[str, LayerAdapter]) -> bool:
-    return any(name.startswith("#") for name in layers)  # their names depend on each other
-
-
-def _placed(layers: dict[str, LayerAdapter], model: nn.Module) -> tuple[int, str | None]:
-    try:
-        found = resolve(layers, model)
-    except AdapterMismatchError as error:
-        return 0, str(error)
-    if found.unmatched:
-        return 0, f"no layer of {type(model).__name__} is called like that"
-    for target, layer in found.layers.items():
-        fault = _fault(layer, model.get_submodule(target))
-        if fault:
-            return 0, fault
-    return len(found.layers), None
-
-
-def _fault(layer: LayerAdapter, module: nn.Module) -> str | None:
-    try:
-        method = METHODS[layer.method]
-    except TargetError:
-        return f"the method {layer.method!r} cannot be put on a model"
-    odd = sorted(layer.tensors.keys() - method.tensors.keys())
-    if odd:
-        return f"{layer.method} has no use for {', '.join(odd)}"
-    if not method.supports(module):
-        return f"a {type(module).__name__} takes no {layer.method}"
-    return method.check(layer, module)
 
 
 def _rows(adapter: Adapter) -> list[Row]:

@@ -1,0 +1,74 @@
+"""A PEFT folder, as `save_pretrained` writes it and `PeftModel.from_pretrained` reads it; one component a folder.
+
+adapter_model.safetensors    base_model.model.<layer>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector
+adapter_config.json          rank and alpha of every layer (the tensors have none), and which layers there are
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.adapter import DENOISERS, Adapter
+from lora_diffusion.errors import AdapterFileError, some
+from lora_diffusion.formats import container
+from lora_diffusion.formats.diffusers import check_pairs, pair_tensors
+from lora_diffusion.formats.peft_config import config_of
+from lora_diffusion.formats.provenance import carried, provenance
+
+CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_peft_folder(adapter: Adapter, folder: str | Path) -> Path:
+    """Write `adapter` as the PEFT folder `folder`, whole or not at all; returns the folder.
+
+    AdapterFileError for a folder that exists, for an adapter of several components or of text encoders (PEFT names
+    none), for other methods than lora and dora, and for values that are not finite.
+    """
+    folder = Path(folder)
+    adapter.check()
+    check_pairs(adapter, "PEFT")
+    if len(adapter.layers) != 1 or not adapter.layers.keys() <= set(DENOISERS):
+        raise AdapterFileError(
+            f"adapter {adapter.name!r}: a PEFT folder holds one denoiser, it has {some(adapter.layers)}"
+        )
+    if folder.exists():
+        raise AdapterFileError(f"{folder} exists already; choose another name")
+    (layers,) = adapter.layers.values()
+    tensors = {
+        key: tensor
+        for name, layer in layers.items()
+        for key, tensor in pair_tensors(f"base_model.model.{name}", layer).items()
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parts = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    try:
+        container.write(parts / MODEL, tensors, {"format": "pt", **provenance(adapter), **carried(adapter.metadata)})
+        (parts / CONFIG).write_text(json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        parts.chmod(0o777 & ~container.umask())
+        parts.rename(folder)
+    except OSError as error:
+        raise AdapterFileError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+    return folder
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    (layers,) = adapter.layers.values()
+    names = "|".join(map(re.escape, sorted(layers)))  # PEFT would find plain names at the end of others too
+    return config_of(layers) | {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "target_modules": f"^(?:{names})$",
+        "use_rslora": False,
+    }

@@ -1,0 +1,139 @@
+"""What we write, as peers read it: Diffusers draws the same picture, PEFT predicts and LyCORIS merges the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lycoris.modules import get_module, make_module
+from peft import PeftModel
+from torch import nn
+
+from lora_diffusion import Adapter, AdapterFileError, AdapterStack, LayerAdapter, load_adapter, save_adapter
+from lora_diffusion.formats.kohya import KOHYA
+from lora_diffusion.formats.peft_folder import save_peft_folder
+from lora_diffusion.methods import METHODS, Method, new_method
+from tests import tiny
+from tests.formats import random_adapters
+
+
+def quiet(adapter: Adapter, *, alpha: float | None = None, method: str = "lora") -> Adapter:
+    """At a strength that leaves a picture; with one alpha for all, where the peer mixes up alphas that differ."""
+    layers = {
+        component: {
+            name: replace(
+                layer,
+                method=method,
+                tensors={part: tensor * 0.1 for part, tensor in layer.tensors.items()},
+                alpha=layer.alpha if alpha is None else alpha,
+            )
+            for name, layer in of.items()
+        }
+        for component, of in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)
+
+
+#: family, spelling, components, and the one alpha that Diffusers' kohya reader needs
+PICTURES: dict[str, tuple[Callable[[], Any], str, tuple[str, ...], float | None]] = {
+    "sd, diffusers": (tiny.sd, "diffusers", ("unet", "text_encoder"), None),
+    "sd, kohya": (tiny.sd, "kohya", ("unet", "text_encoder"), 3.0),
+    "sdxl, diffusers": (tiny.sdxl, "diffusers", ("unet", "text_encoder", "text_encoder_2"), None),
+    "sd3, diffusers": (tiny.sd3, "diffusers", ("transformer",), None),
+    "flux, diffusers": (tiny.flux, "diffusers", ("transformer",), None),
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_diffusers_draws_the_picture_that_we_draw(case: str, tmp_path: Path):
+    build, spelling, components, alpha = PICTURES[case]
+    adapter = quiet(random_adapters.over(build(), *components), alpha=alpha)
+    for component in components[1:]:  # what Diffusers trains there
+        of = adapter.layers[component]
+        adapter.layers[component] = {n: layer for n, layer in of.items() if "self_attn" in n or "mlp" in n}
+    path = save_adapter(adapter, tmp_path / "a.safetensors", format=spelling)
+    theirs, ours = build(), build()
+    base = tiny.picture(ours, steps=1)
+    theirs.load_lora_weights(str(path))
+    AdapterStack(ours).add(path)
+    drawn = tiny.picture(ours, steps=1)
+    np.testing.assert_allclose(drawn, tiny.picture(theirs, steps=1), atol=2e-4)
+    assert np.abs(drawn - base).max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_predicts_what_we_predict(method: str, tmp_path: Path):
+    unet = tiny.unet()
+    adapter = quiet(random_adapters.over(tiny.sd(), "unet"), method=method)
+    if method == "dora":
+        for name, layer in adapter.layers["unet"].items():
+            rows = unet.get_submodule(name).weight.shape[0]
+            adapter.layers["unet"][name] = replace(layer, tensors={**layer.tensors, "magnitude": torch.rand(rows) + 1})
+    folder = save_peft_folder(adapter, tmp_path / "folder")
+    assert load_adapter(folder) == adapter
+    pipe = tiny.sd()
+    stack = AdapterStack(pipe)
+    stack.add(load_adapter(folder))
+    ours = tiny.predict(pipe.unet, torch.float32)
+    theirs = PeftModel.from_pretrained(unet, folder).base_model.model
+    held = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert held == adapter.layers["unet"].keys()
+    assert tiny.error(ours, tiny.predict(theirs, torch.float32)) < 1e-5
+
+
+def test_a_peft_folder_is_written_whole_or_not_at_all(tmp_path: Path):
+    two = random_adapters.over(tiny.sd(), "unet", "text_encoder")
+    with pytest.raises(AdapterFileError, match="one denoiser"):
+        save_peft_folder(two, tmp_path / "a")
+    broken = random_adapters.over(tiny.sd(), "unet")
+    broken.layers["unet"]["conv_in"].tensors["up"].fill_(float("nan"))
+    with pytest.raises(AdapterFileError, match="finite"):
+        save_peft_folder(broken, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    with pytest.raises(AdapterFileError, match="exists"):
+        save_peft_folder(random_adapters.over(tiny.sd(), "unet"), tmp_path / "a")
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(16, 24),
+    "conv": lambda: nn.Conv2d(8, 12, 3, padding=1),
+    "norm": lambda: nn.LayerNorm(16),
+}
+
+
+def filled(method: type[Method], layer: nn.Module) -> LayerAdapter:
+    adapter = new_method(method.name, rank=4, alpha=6.0).fresh(layer)
+    for part, tensor in adapter.tensors.items():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5) if part == "magnitude" else tensor.normal_(0, 0.3)
+    return adapter
+
+
+#: LyCORIS 4.1 cannot open its own (IA)³ files: `make_module_from_state_dict` takes one tensor of the two it is given
+READ_BY_LYCORIS = [m for m in METHODS if m != "ia3"]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [(m, kind) for m in READ_BY_LYCORIS for kind, make in LAYERS.items() if METHODS[m].supports(make())],
+)
+def test_lycoris_merges_what_we_add(method: str, kind: str):
+    layer = LAYERS[kind]().requires_grad_(requires_grad=False)
+    adapter = filled(METHODS[method], layer)
+    name = "down_blocks.0.layer"
+    tensors, _ = KOHYA.dump(Adapter("x", {"unet": {name: adapter}}))
+    stem = "lora_unet_down_blocks_0_layer"
+    theirs = make_module(*get_module(tensors, stem), stem, layer)
+    if method == "loha":  # its merge multiplies by alpha / rank twice; its forward, once
+        merged = layer.weight + theirs.get_weight(layer.weight.shape)
+    else:
+        merged, _ = theirs.get_merged_weight(1.0)
+    expected = layer.weight + METHODS[method].delta(adapter, layer)
+    torch.testing.assert_close(merged.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, layer.weight)
