@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import torch
 
 from lora_diffusion.adapter import DENOISERS
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.quantize import Precision, QuantizationReport, quantize
+from lora_diffusion.families import FAMILIES
+from lora_diffusion.quantize import Precision, QuantizationReport, WeightFiles, empty_model, quantize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,17 +52,24 @@ def load_pipeline(
 ) -> Opened:
     """Open `base` (Diffusers folder or hub id) frozen, its denoiser in `precision`, everything else in `compute`.
 
-    Precision is "fp32", "bf16", "fp16", "int8" or "nf4". ConfigError where the base cannot be opened, the device
-    is absent or bitsandbytes is missing.
+    Precision is "fp32", "bf16", "fp16", "int8" or "nf4". A denoiser to be quantised is read layer by layer from the
+    folder, so that memory never holds more of it than the quantised model and one layer (one from the hub's cache is
+    loaded whole first). Its family says which layers stay in 16 bits besides the usual. ConfigError where the base
+    cannot be opened, the device is absent or bitsandbytes is missing.
     """
     place = pick_device(device)
     dtype = DTYPES[precision] if precision in DTYPES and compute == "auto" else pick_dtype(compute, place)
-    pipe = _open(base, dtype)
+    empty = {} if precision in DTYPES else _empty_denoiser(base)
+    pipe = _open(base, dtype, **empty)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    denoiser = denoiser_of(pipe)
-    report = None if precision in DTYPES else quantize(denoiser, precision, compute_dtype=dtype, device=place)
+    report = None
+    if precision not in DTYPES:
+        weights = WeightFiles(Path(base).expanduser() / next(iter(empty))) if empty else None
+        report = quantize(
+            denoiser_of(pipe), precision, compute_dtype=dtype, device=place, keep=_kept(pipe), weights=weights
+        )
     pipe.to(place)
     pipe.set_progress_bar_config(disable=True)
     return Opened(pipe, place, dtype, report)
@@ -81,7 +90,29 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
     raise ConfigError(f"{type(pipe).__name__} has no denoiser; expected a component {' or '.join(DENOISERS)}")
 
 
-def _open(base: str | Path, dtype: torch.dtype) -> Any:
+def _empty_denoiser(base: str | Path) -> dict[str, torch.nn.Module]:
+    """Component name -> denoiser without weights; nothing for what is no sound pipeline folder (`_open` says why)."""
+    import diffusers
+
+    folder = Path(base).expanduser()
+    try:
+        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text("utf-8"))
+        for name in DENOISERS:
+            library, kind = index.get(name) or (None, None)
+            if library == "diffusers" and kind is not None:
+                with quiet():
+                    return {name: empty_model(getattr(diffusers, kind), folder / name)}
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    return {}
+
+
+def _kept(pipe: Any) -> tuple[str, ...]:
+    """The family's own layers for 16 bits; none for a pipeline that is of no family."""
+    return next((family.kept for family in FAMILIES.values() if family.matches(pipe)), ())
+
+
+def _open(base: str | Path, dtype: torch.dtype, **components: torch.nn.Module) -> Any:
     looks_local = Path(base).exists() or str(base).startswith((".", "/", "~")) or str(base).count("/") != 1
     if looks_local and not (Path(base).expanduser() / "model_index.json").is_file():
         raise ConfigError(f"base {str(base)!r} is no Diffusers folder: there is no model_index.json in it")
@@ -89,7 +120,8 @@ def _open(base: str | Path, dtype: torch.dtype) -> Any:
         from diffusers import DiffusionPipeline
 
         try:
-            return DiffusionPipeline.from_pretrained(str(Path(base).expanduser()) if looks_local else base, dtype=dtype)
+            source = str(Path(base).expanduser()) if looks_local else base
+            return DiffusionPipeline.from_pretrained(source, dtype=dtype, **components)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = "" if looks_local else "is no folder here and "

@@ -75,7 +75,7 @@ def picture(
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
     settings = {"height": PICTURE, "width": PICTURE, "num_inference_steps": steps, "output_type": "np"} | kwargs
-    return pipe(prompt, generator=generator, **settings).images
+    return pipe(prompt=prompt, generator=generator, **settings).images
 
 
 def unet() -> UNet2DConditionModel:
@@ -262,11 +262,11 @@ def _unet(**changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(config | changes))
 
 
-def _vae(channels: int, *, shift: float | None = None) -> AutoencoderKL:
+def _vae(channels: int, *, shift: float | None = None, stages: int = 2) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(*(16,) * (stages - 1), 32),
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
         latent_channels=channels,
         layers_per_block=1,
         norm_num_groups=8,

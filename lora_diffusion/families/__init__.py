@@ -26,6 +26,8 @@ class Family(Protocol):
     process: Process
     denoiser: str  # component name
     text_encoders: tuple[str, ...]
+    kept: tuple[str, ...]  # globs of denoiser layers that stay in 16 bits besides embedders and output projections
+    sized: bool  # the denoiser is told sizes and crop: conditioning has "time_ids" (n, 6), as in `data.buckets.View`
 
     def matches(self, pipe: Any) -> bool:
         """Whether a Diffusers pipeline is of this family."""
@@ -48,9 +50,23 @@ FAMILIES: Registry[Family] = Registry(
     "families",
     {
         "sd": "lora_diffusion.families.sd:SD",
+        "sdxl": "lora_diffusion.families.sdxl:SDXL",
+        "sd3": "lora_diffusion.families.sd3:SD3",
         "flux": "lora_diffusion.families.flux:FLUX",
+        "flux2": "lora_diffusion.families.flux2:FLUX2",
+        "z-image": "lora_diffusion.families.z_image:Z_IMAGE",
+        "qwen-image": "lora_diffusion.families.qwen_image:QWEN_IMAGE",
+        "chroma": "lora_diffusion.families.chroma:CHROMA",
+        "lumina2": "lora_diffusion.families.lumina2:LUMINA2",
+        "sana": "lora_diffusion.families.sana:SANA",
+        "pixart-sigma": "lora_diffusion.families.pixart:PIXART",
     },
 )
+
+
+def has_denoiser(pipe: Any, name: str) -> bool:
+    """Whether the pipeline's transformer is of the class called `name`."""
+    return type(getattr(pipe, "transformer", None)).__name__ == name
 
 
 def family_of(pipe: Any) -> Family:

@@ -8,7 +8,8 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from lora_diffusion.families import Conditioning, Process
+from lora_diffusion.families import Conditioning, Process, has_denoiser
+from lora_diffusion.families.encoding import pack, picture_latents, unpack
 
 GUIDANCE = 1.0  # what guidance-distilled transformers are trained at (kohya, ai-toolkit and Diffusers scripts)
 
@@ -20,10 +21,12 @@ class Flux:
     process: Process = "flow"
     denoiser = "transformer"
     text_encoders = ("text_encoder", "text_encoder_2")
+    kept: tuple[str, ...] = ()
+    sized = False
 
     def matches(self, pipe: Any) -> bool:
         """Any pipeline over a FluxTransformer2DModel."""
-        return type(getattr(pipe, "transformer", None)).__name__ == "FluxTransformer2DModel"
+        return has_denoiser(pipe, "FluxTransformer2DModel")
 
     def encode_prompts(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
         """{"states": (n, tokens, width), "pooled": (n, width)}"""
@@ -35,37 +38,28 @@ class Flux:
 
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
         """(mode - shift_factor) * scaling_factor."""
-        vae = pipe.vae
-        latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
-        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return picture_latents(pipe.vae, pictures)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """`time` is sigma in [0, 1]; the answer is the velocity noise - latents."""
-        batch, channels, height, width = noisy.shape
+        batch, _, height, width = noisy.shape
         place: dict[str, Any] = {"device": noisy.device, "dtype": noisy.dtype}
-        packed = FluxPipeline._pack_latents(noisy, batch, channels, height, width)  # pyright: ignore[reportPrivateUsage]
         ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **place)  # pyright: ignore[reportPrivateUsage]
         states = conditioning["states"]
         answer = denoiser(
-            hidden_states=packed,
+            hidden_states=pack(noisy),
             timestep=time.to(noisy.dtype),
-            guidance=torch.full((batch,), GUIDANCE, **place) if _is_guided(denoiser) else None,
+            guidance=torch.full((batch,), GUIDANCE, **place) if is_guided(denoiser) else None,
             pooled_projections=conditioning["pooled"],
             encoder_hidden_states=states,
             txt_ids=torch.zeros(states.shape[1], 3, **place),
             img_ids=ids,
         ).sample
-        return _unpack(answer, height, width)
+        return unpack(answer, height, width)
 
 
-def _is_guided(denoiser: Any) -> bool:
+def is_guided(denoiser: Any) -> bool:
     return bool(denoiser.config.guidance_embeds)
-
-
-def _unpack(packed: Tensor, height: int, width: int) -> Tensor:
-    """(n, h/2 · w/2, 4 c) -> (n, c, h, w); the inverse of Diffusers' `_pack_latents`."""
-    patches = packed.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(packed.shape[0], -1, height, width)
 
 
 FLUX = Flux()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_diffusion.families import Conditioning, Process
+from lora_diffusion.families.encoding import picture_latents
 
 
 class StableDiffusion:
@@ -16,6 +17,8 @@ class StableDiffusion:
     process: Process = "diffusion"
     denoiser = "unet"
     text_encoders = ("text_encoder",)
+    kept: tuple[str, ...] = ()
+    sized = False
 
     def matches(self, pipe: Any) -> bool:
         """A U-Net and exactly one text encoder."""
@@ -28,8 +31,7 @@ class StableDiffusion:
 
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
         """The VAE posterior's mode times its scaling factor."""
-        vae = pipe.vae
-        return vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+        return picture_latents(pipe.vae, pictures)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """`time` are timesteps of the training schedule."""

@@ -7,8 +7,8 @@ and times on any machine layout and after any interruption.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Item:
     captions: tuple[int, ...]  # rows of the conditioning table; row 0 is the empty caption
     share: float = 1.0  # how often it is seen in an epoch
     mask: Tensor | None = None  # (h, w) in [0, 1], where the loss counts; None: everywhere
+    conditioning: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # of the picture, not its caption
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Batches:
         items = [self.items[i] for i in chosen]
         rows = torch.tensor([self._caption(item, generator) for item in items])
         conditioning = {name: values[rows] for name, values in self.table.items()}
+        for name in items[0].conditioning:
+            conditioning[name] = torch.stack([item.conditioning[name] for item in items])
         masks = None
         if any(item.mask is not None for item in items):
             whole = torch.ones(items[0].latents.shape[-2:])

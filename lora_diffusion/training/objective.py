@@ -85,7 +85,7 @@ class Flow:
 def objective_for(family: Family, scheduler: Any) -> Objective:
     """The objective that a pipeline's scheduler was made for. ConfigError for an unknown prediction type."""
     if family.process == "flow":
-        return Flow(float(scheduler.config.get("shift") or 1.0))
+        return Flow(float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0))
     from diffusers import DDPMScheduler
 
     target = str(scheduler.config.get("prediction_type", "epsilon"))

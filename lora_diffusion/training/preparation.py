@@ -57,6 +57,7 @@ def prepare(config: TrainConfig, opened: Opened, family: Family, listen: Count) 
                 tuple(rows[caption] for caption in encoder.texts(usable)),
                 usable.example.share / len(usable.views),
                 _mask(usable, view, latents[key]),
+                {"time_ids": torch.tensor(view.micro_conditioning)} if family.sized else {},
             )
             for usable in group
             for key, view in zip(encoder.keys(usable), usable.views, strict=True)
@@ -78,7 +79,8 @@ class _Encoder:
         self.cache = TensorCache(config.output / "cache")
         pipe, dtype = opened.pipe, str(opened.dtype)
         self.vae = f"{fingerprint(pipe.vae)}/{dtype}"
-        self.encoders = "/".join(fingerprint(getattr(pipe, name)) for name in family.text_encoders) + f"/{dtype}"
+        parts = [getattr(pipe, name) for name in family.text_encoders]  # None where a pipeline was saved without it
+        self.encoders = "/".join(fingerprint(part) if part is not None else "" for part in parts) + f"/{dtype}"
 
     def texts(self, usable: Usable) -> tuple[str, ...]:
         """The captions a picture is trained under."""
