@@ -16,6 +16,7 @@ from lora_diffusion.cli.grid import grid
 from lora_diffusion.cli.inspect import inspect
 from lora_diffusion.cli.merge import merge
 from lora_diffusion.cli.methods import methods
+from lora_diffusion.cli.plan import plan
 from lora_diffusion.cli.quickstart import quickstart
 from lora_diffusion.cli.resize import resize
 from lora_diffusion.cli.train import train
@@ -52,7 +53,7 @@ def run(*commands: Callable[..., None]) -> None:
 
 def main() -> None:
     """Entry point of `lora-diffusion`."""
-    run(quickstart, train, generate, grid, merge, resize, extract, bake, conflicts, inspect, convert, methods)
+    run(quickstart, plan, train, generate, grid, merge, resize, extract, bake, conflicts, inspect, convert, methods)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def four_bit(
 def _nf4(weight: Tensor, *, double_quant: bool, block_size: int) -> tuple[Tensor, Any]:
     """bitsandbytes' `quantize_4bit`, on a CPU piece by piece: it takes 30 bytes a weight while it works. Same bits."""
     functional = bitsandbytes().functional
+    if weight.is_meta:  # bitsandbytes keeps its first codebook for good: it must have numbers
+        functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     if weight.device.type != "cpu" or weight.numel() <= _PIECE:
         return functional.quantize_4bit(
             weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"

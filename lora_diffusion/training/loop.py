@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.attachment import Attachment, attach
-from lora_diffusion.errors import AdapterFileError, LoraDiffusionError, some
+from lora_diffusion.errors import AdapterFileError, ConfigError, LoraDiffusionError, some
 from lora_diffusion.families import Family, family_of
 from lora_diffusion.formats import FORMATS
 from lora_diffusion.formats.files import save_adapter
@@ -42,7 +42,9 @@ from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
 
 HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
-_FREE = frozenset({"train.checkpoint_every", "output", "name", "data.skip_bad"})  # may change on resuming
+_FREE = frozenset(
+    {"train.checkpoint_every", "train.checkpointing", "output", "name", "data.skip_bad"}
+)  # may change on resuming
 
 
 class DivergedError(LoraDiffusionError, ArithmeticError):
@@ -110,6 +112,8 @@ class Run:
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
         self.attachment = self._attach()
+        if config.train.checkpointing:
+            turn_on_checkpointing(self.denoiser)
         self.format = _format_for(self.attachment, config.adapter.format)
         groups = self.attachment.groups(config.train.lr, config.train.up_ratio)
         self.optimizer = torch.optim.AdamW(groups, lr=config.train.lr, weight_decay=config.train.weight_decay)
@@ -264,6 +268,13 @@ class Run:
         good = f"{kept[-1].name} is the last good state" if kept else "nothing was saved yet"
         at = f"step {self.step + 1} (pictures {some(names)})"
         return f"{at}: loss {loss}, gradient norm {norm}; {good}; try a lower train.lr"
+
+
+def turn_on_checkpointing(denoiser: Any) -> None:
+    """Have a Diffusers model compute activations again in backward. ConfigError for one that cannot."""
+    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        raise ConfigError(f"train.checkpointing: {type(denoiser).__name__} cannot; leave it off")
+    denoiser.enable_gradient_checkpointing()
 
 
 def _format_for(attachment: Attachment, wanted: str | None) -> str:

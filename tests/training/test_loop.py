@@ -125,6 +125,15 @@ def test_accumulation_sums_the_same_gradient(tmp_path: Path) -> None:
     assert all(torch.isfinite(torch.tensor(result.losses)))
 
 
+def test_checkpointed_activations_train_the_same_bits_dropout_included(tmp_path: Path) -> None:
+    given = settings(tmp_path, steps=3)
+    given["adapter"]["dropout"] = 0.2
+    forgetful = TrainConfig.parse(given | {"output": str(tmp_path / "forgetful")}).changed("train.checkpointing=true")
+    made = [train(TrainConfig.parse(given)).adapter, train(forgetful).adapter]
+    ours, theirs = (load_adapter(path) for path in made if path)
+    assert ours == theirs
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -1,0 +1,239 @@
+"""What a training run will take, before it starts: memory by component, from layer shapes on the meta device.
+
+full     every weight of the denoiser trained, weights, gradients and both AdamW moments in the compute dtype
+LoRA     the frozen denoiser in the compute dtype, the adapter in float32
+QLoRA    the frozen denoiser in NF4, the adapter in float32 (Dettmers et al. 2023, arXiv 2305.14314)
+
+One training step of each is rehearsed (`rehearsal.py`); no weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.attachment import attach
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.families import Family, family_of
+from lora_diffusion.families.skeletons import skeleton_of
+from lora_diffusion.inspection.rehearsal import Rehearsal
+from lora_diffusion.methods import new_method
+from lora_diffusion.pipelines import DTYPES, pick_device, quiet
+from lora_diffusion.quantize import quantize, weight_bytes
+from lora_diffusion.training.config import TrainConfig
+from lora_diffusion.training.loop import turn_on_checkpointing
+from lora_diffusion.training.objective import losses, objective_for
+
+__all__ = ["Cost", "MemoryPlan", "plan_memory", "ways_to_fit"]
+
+GIB = 2**30
+RESERVE = 0.6 * GIB  # CUDA's context and the allocator's gaps, on a GPU with nothing else on it
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes by component at the peak of a training step. `activations` are all that lives in between as well."""
+
+    name: str
+    trained: int  # parameters
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Costs side by side, and what encoding takes before. `this_run` is the column that the settings stand for."""
+
+    denoiser: str
+    parameters: int
+    dtype: str
+    columns: tuple[Cost, ...]
+    this_run: Cost
+    encoding: int  # bytes at its peak: VAE, text encoders and the waiting denoiser
+
+    @property
+    def peak(self) -> int:
+        """Of the run as it is configured."""
+        return max(self.this_run.peak, self.encoding)
+
+
+def plan_memory(config: TrainConfig, *, gpu: bool | None = None) -> MemoryPlan:
+    """Rehearse `config` without its weights. `gpu`: plan for one (None: if there is one here).
+
+    ConfigError where the base is no pipeline folder, nor in the hub's cache.
+    """
+    stage = _Stage(config, _on_gpu(gpu))
+    dense = next(name for name, dtype in DTYPES.items() if dtype == stage.dtype)
+    columns = [stage.cost("full", config, None), stage.cost("LoRA", config, dense), stage.cost("QLoRA", config, "nf4")]
+    if config.backbone.precision == "int8":
+        columns.append(stage.cost("LoRA over int8", config, "int8"))
+    chosen = {"nf4": columns[2], "int8": columns[-1]}.get(config.backbone.precision, columns[1])
+    kind, numbers = type(stage.denoiser).__name__, sum(p.numel() for p in stage.denoiser.parameters())
+    return MemoryPlan(kind, numbers, dense, tuple(columns), chosen, stage.encoding(chosen.weights))
+
+
+def ways_to_fit(config: TrainConfig, limit: float, *, gpu: bool | None = None) -> list[tuple[str, Cost]]:
+    """What to turn on, one after the other, until the run fits into `limit` bytes: (setting, cost with it).
+
+    Empty where it fits already. Cheapest in quality first; what saves less than 1 % is left out.
+    """
+    stage = _Stage(config, _on_gpu(gpu))
+    cost = stage.cost("", config, config.backbone.precision)
+    taken: list[tuple[str, Cost]] = []
+    for settings in _savings(config):
+        if cost.peak <= limit:
+            break
+        tried = config.changed(*settings)
+        saved = stage.cost("", tried, tried.backbone.precision)
+        if saved.peak < 0.99 * cost.peak:
+            config, cost = tried, saved
+            taken.append((" ".join(settings), cost))
+    return taken
+
+
+def _savings(config: TrainConfig) -> Iterator[tuple[str, ...]]:
+    if not config.train.checkpointing:
+        yield ("train.checkpointing=true",)
+    if config.backbone.precision not in ("nf4", "int8"):
+        yield ("backbone.precision=int8",)
+    if config.backbone.precision != "nf4":
+        yield ("backbone.precision=nf4",)
+    batch, accumulate = config.train.batch, config.train.accumulate
+    if batch > 1:
+        yield ("train.batch=1", f"train.accumulate={batch * accumulate}")
+    for smaller in (768, 512, 384, 256):
+        if smaller < config.data.resolution:
+            yield (f"data.resolution={smaller}",)
+    for rank in (8, 4):
+        if rank < config.adapter.rank:
+            yield (f"adapter.rank={rank}",)
+
+
+class _Stage:
+    """A pipeline without weights, and the step that is rehearsed on its denoiser."""
+
+    def __init__(self, config: TrainConfig, gpu: bool) -> None:
+        self.pipe = _empty_pipeline(_folder_of(config.base))
+        self.family: Family = family_of(self.pipe)
+        self.objective = objective_for(self.family, self.pipe.scheduler)
+        self.gpu, self.dtype = gpu, _dtype(config, gpu)
+        self.denoiser: nn.Module = getattr(self.pipe, self.family.denoiser)
+        for part in self._models():
+            _cast(part, self.dtype)
+        self.resolution = config.data.resolution
+
+    def cost(self, name: str, config: TrainConfig, precision: Any) -> Cost:
+        """One training step's cost; without precision all of the denoiser is trained."""
+        with torch.device("meta"):
+            denoiser: Any = type(self.denoiser).from_config(self.denoiser.config)  # type: ignore[attr-defined]
+        _cast(denoiser, self.dtype)
+        if precision in DTYPES:
+            denoiser.requires_grad_(False)
+        elif precision is not None:
+            quantize(denoiser, precision, compute_dtype=self.dtype, device="meta")
+        weights = weight_bytes(denoiser)
+        trained = list(denoiser.parameters()) if precision is None else _adapter(denoiser, config, self.family)
+        if config.train.checkpointing:
+            turn_on_checkpointing(denoiser)
+        peak, size = self._rehearse(denoiser, config), sum(p.nbytes for p in trained)
+        peak = max(peak, 2 * size if self.gpu else size)  # on GPUs AdamW works on all parameters at once
+        adapter = 0 if precision is None else size
+        return Cost(name, sum(p.numel() for p in trained), weights, adapter, size, 2 * size, peak - size)
+
+    def encoding(self, waiting: int) -> int:
+        """Bytes at the peak of encoding one picture and sixteen captions, `waiting` being the denoiser's."""
+        others = sum(weight_bytes(part) for part in self._models() if part is not self.denoiser)
+        with Rehearsal() as rehearsal, torch.no_grad():
+            self._inputs(1, self.resolution)
+            self.family.encode_prompts(self.pipe, [""] * 16)
+        return waiting + others + rehearsal.peak
+
+    def _rehearse(self, denoiser: nn.Module, config: TrainConfig) -> int:
+        """Bytes at the peak of a step's forward and backward pass, gradients included."""
+        with torch.no_grad():
+            latents, conditioning = self._inputs(config.train.batch, config.data.resolution)
+        times = self.objective.draw(config.train.batch, torch.Generator())
+        with Rehearsal() as rehearsal:
+            noise = torch.empty_like(latents)
+            loss = losses(self.family, self.objective, denoiser, latents, conditioning, noise, times).mean()
+            loss.backward()
+        return rehearsal.peak
+
+    def _inputs(self, batch: int, resolution: int) -> tuple[Tensor, dict[str, Tensor]]:
+        pictures = torch.empty(batch, 3, resolution, resolution, device="meta")
+        try:
+            conditioning = self.family.encode_prompts(self.pipe, [""] * batch)
+            return self.family.encode_pictures(self.pipe, pictures), conditioning
+        except RuntimeError as error:  # what depends on values has none here
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{self.family.name} cannot be planned without its weights: {reason}") from None
+
+    def _models(self) -> list[nn.Module]:
+        return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def _adapter(denoiser: nn.Module, config: TrainConfig, family: Family) -> list[nn.Parameter]:
+    """Fresh slots on the denoiser, as training puts them; their parameters."""
+    given = config.adapter
+    method = new_method(given.method, rank=given.rank, alpha=given.alpha, rslora=given.rslora)
+    attachment = attach(denoiser, method, given.targets, component=family.denoiser, dropout=given.dropout)
+    for slot in attachment.slots.values():
+        slot.to("meta").train()
+    return attachment.parameters()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    with quiet():  # Diffusers warns of modules that are better kept in float32, and lists none
+        model.to(dtype).eval()
+
+
+def _empty_pipeline(folder: Path) -> Any:
+    models = skeleton_of(folder)
+    with quiet():
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipe = DiffusionPipeline.from_pretrained(folder, **models)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"base {str(folder)!r} cannot be opened: {str(error).splitlines()[0]}") from None
+    for model in models.values():
+        model.requires_grad_(False).eval()
+    return pipe
+
+
+def _folder_of(base: str) -> Path:
+    """A local folder, or the hub's small files (no weights) of a repository."""
+    folder = Path(base).expanduser()
+    if folder.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"base {base!r} is no folder here and cannot be looked up: {reason}") from None
+
+
+def _dtype(config: TrainConfig, gpu: bool) -> torch.dtype:
+    compute, precision = config.backbone.compute, config.backbone.precision
+    if compute == "auto":
+        return DTYPES.get(precision, torch.bfloat16 if gpu else torch.float32)
+    return DTYPES[compute]
+
+
+def _on_gpu(gpu: bool | None) -> bool:
+    return pick_device("auto").type != "cpu" if gpu is None else gpu

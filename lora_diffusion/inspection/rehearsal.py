@@ -1,0 +1,93 @@
+"""A training step rehearsed on the meta device: every operation runs, nothing is computed, every byte is counted.
+
+The denoiser has its real layers, precision and slots; what autograd keeps, what a 4-bit layer unpacks for a moment
+and what the optimiser holds come and go as in a real step, so that the peak is that of the step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Rehearsal"]
+
+
+class Rehearsal(TorchDispatchMode):
+    """While entered, counts the bytes of all tensors made since: `live` now, `peak` at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._attention: Any = None
+
+    def __enter__(self) -> Rehearsal:
+        # on the meta device torch's own would build the whole matrix, which the kernels of CPUs and GPUs do not
+        self._attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _attend
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        F.scaled_dot_product_attention = self._attention
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = {id(_storage(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(_storage(leaf)) not in before:
+                self._count(_storage(leaf))
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known[key] = weakref.ref(storage, self._forget(key, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int) -> Callable[[object], None]:
+        def gone(_: object) -> None:
+            del self._known[key]
+            self.live -= size
+
+        return gone
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes only: keeps q, k, v, the output and one number a row, as FlashAttention does (arXiv 2205.14135)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()

@@ -1,0 +1,107 @@
+"""The memory plan against what a real step allocates, and its advice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lora_diffusion import ConfigError, LoRA, TrainConfig, attach
+from lora_diffusion.families.sd import SD
+from lora_diffusion.inspection.memory import Cost, plan_memory, ways_to_fit
+from lora_diffusion.pipelines import load_pipeline
+from lora_diffusion.quantize import weight_bytes
+from lora_diffusion.training.loop import turn_on_checkpointing
+from lora_diffusion.training.objective import losses, objective_for
+from tests.cli.test_cli import run, toml
+from tests.training.pictures import settings
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Training of a tiny base on pictures large enough for activations to count."""
+    made = settings(tmp_path_factory.mktemp("run"))
+    made["data"]["resolution"] = 64
+    return TrainConfig.parse(made)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_planned_peak_is_the_measured_one_within_ten_percent(given: TrainConfig, checkpointing: bool) -> None:
+    planned = plan_memory(given.changed(f"train.checkpointing={str(checkpointing).lower()}"), gpu=False).this_run
+    opened = load_pipeline(given.base, precision="nf4", device="cpu")
+    unet = opened.pipe.unet
+    assert planned.weights == weight_bytes(unet)
+    attachment = attach(unet, LoRA(4), "attention+ff")
+    assert planned.trained == sum(p.numel() for p in attachment.parameters())
+    assert planned.optimizer == 2 * planned.adapter == 2 * sum(p.nbytes for p in attachment.parameters())
+    for slot in attachment.slots.values():
+        slot.train()
+    if checkpointing:
+        turn_on_checkpointing(unet)
+    measured = _allocated_by_a_step(unet, objective_for(SD, opened.pipe.scheduler))
+    assert planned.gradients + planned.activations == pytest.approx(measured, rel=0.1)
+
+
+def _allocated_by_a_step(unet: torch.nn.Module, objective: object) -> int:
+    """Most bytes that torch's allocator has handed out at once during forward and backward."""
+    latents, states = torch.randn(2, 4, 32, 32), torch.randn(2, 77, 32)
+
+    def step() -> None:
+        noise, times = torch.randn(2, 4, 32, 32), torch.tensor([10, 500])
+        losses(SD, objective, unet, latents, {"states": states}, noise, times).mean().backward()  # type: ignore[arg-type]
+
+    step()  # compiles what is compiled once
+    for parameter in unet.parameters():
+        parameter.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    live = peak = 0
+    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def test_full_training_holds_four_numbers_a_weight_and_the_adapter_a_fraction(given: TrainConfig) -> None:
+    full, plain, packed = plan_memory(given, gpu=True).columns
+    assert (full.weights, full.gradients, full.optimizer) == (full.weights, full.weights, 2 * full.weights)
+    assert full.adapter == 0
+    assert plain.trained == packed.trained < full.trained / 10
+    assert packed.weights < plain.weights == full.weights
+    assert packed.peak < plain.peak < full.peak
+
+
+def test_advice_is_given_in_order_and_only_where_it_is_needed(given: TrainConfig) -> None:
+    dense = given.changed("backbone.precision=bf16")
+    assert ways_to_fit(dense, 1e12, gpu=True) == []
+    steps = ways_to_fit(dense, 1.0, gpu=True)
+    named = [setting for setting, _ in steps]
+    assert named[0] == "train.checkpointing=true"
+    assert any(setting.startswith("train.batch=1 train.accumulate=2") for setting in named)
+    peaks = [cost.peak for _, cost in steps]
+    assert peaks == sorted(peaks, reverse=True)
+    enough = peaks[0]
+    assert [cost.peak for _, cost in ways_to_fit(dense, enough, gpu=True)] == [enough]
+
+
+def test_the_command_shows_three_ways_and_what_to_turn_on(
+    given: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = toml(tmp_path / "run.toml", given.model_dump(mode="json", exclude_none=True))
+    assert run(monkeypatch, "plan", file, "--gpu", "0.601") == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("full", "LoRA", "QLoRA (this run)", "activations", "training does not fit"))
+    assert "train.checkpointing=true" in shown
+    assert "encoding does not fit" in shown
+
+
+def test_a_base_that_is_not_there_is_one_sentence(given: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"model_index\.json is missing"):
+        plan_memory(given.changed("base=./nowhere"))
+
+
+def test_a_cost_adds_up() -> None:
+    assert Cost("x", 1, 2, 3, 4, 5, 6).peak == 20
