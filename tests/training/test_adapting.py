@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from lora_diffusion import TrainConfig, load_adapter, train
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.lora import slot_of
+from lora_diffusion.training.adapting import attach_for
 from tests.training.pictures import settings
 
 
@@ -45,11 +48,12 @@ def test_a_start_over_nf4_is_written_as_a_plain_lora(tmp_path: Path, init: str) 
         ({"method": "dora", "freeze_down": True}, "no setting 'freeze_down'"),
     ],
 )
-def test_settings_without_sense_are_named_before_the_first_step(
-    tmp_path: Path, adapter: dict[str, Any], said: str
-) -> None:
+def test_settings_without_sense_are_named_and_leave_no_slot(adapter: dict[str, Any], said: str) -> None:
+    model = nn.ModuleDict({"to_q": nn.Linear(8, 8)})
+    given = {"name": "a", "base": "nowhere", "output": "out", "data": {"folder": "pack"}}
     with pytest.raises(ConfigError, match=said):
-        trained(tmp_path, **adapter)
+        attach_for(TrainConfig.parse({**given, "adapter": {"rank": 2, **adapter}}), model, "unet", lambda: None)
+    assert slot_of(model["to_q"]) is None
 
 
 def test_a_capped_and_half_frozen_pair_trains(tmp_path: Path) -> None:
