@@ -9,23 +9,28 @@ attachment.detach()
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.branches import Branch
+from lora_diffusion.dropping import Dropping
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, some
-from lora_diffusion.lora import Slot, place, slot_of, take_off
+from lora_diffusion.lora import Pair, Part, Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, Method
 from lora_diffusion.methods.lora import LoRA
+from lora_diffusion.methods.starts import StartBranch, difference, first_half
 from lora_diffusion.targets import Targets, find_targets
 
 NAME = "training"  # what a slot calls the adapter that is being trained
+START = "start"  # and where it began, taken off again
 
 
 class Attachment:
@@ -35,6 +40,7 @@ class Attachment:
         self, model: nn.Module, component: str, slots: dict[str, Slot], fresh: dict[str, LayerAdapter]
     ) -> None:
         self.model, self.component, self.slots = model, component, slots
+        self._starts = {name: new for name, new in fresh.items() if _is_away(new)}
         self._fresh = fresh  # what the slots were made of: method, alpha, shapes
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
 
@@ -66,16 +72,47 @@ class Attachment:
     def weigh(self, weight: float) -> None:
         """Turn what is being trained to another strength; 0 makes the model its own frozen teacher."""
         for slot in self.slots.values():
-            slot.weigh({NAME: weight})
+            slot.weigh({NAME: weight, START: weight})
+
+    @property
+    def has_cap(self) -> bool:
+        """Whether `cap` means something: every layer has a pair, and it began at 0."""
+        return not self._starts and all(slot.pairs for slot in self.slots.values())
+
+    def cap(self, limit: float) -> int:
+        """Scale every pair whose delta has a Frobenius norm above `limit` down to it; how many there were.
+
+        Each factor takes the root of the ratio, as kohya's `scale_weight_norms` does.
+        """
+        capped = 0
+        with torch.no_grad():
+            for slot in self.slots.values():
+                for _, _, scale in slot.pairs:
+                    down, up = slot.down.flatten(1), slot.up
+                    square = ((down @ down.t()) * (up @ up.t())).sum().clamp_min(0)
+                    norm = abs(scale) * math.sqrt(square.item())
+                    if norm > limit:
+                        slot.down.mul_(math.sqrt(limit / norm))
+                        slot.up.mul_(math.sqrt(limit / norm))
+                        capped += 1
+        return capped
 
     def adapter(self, name: str, *, dtype: torch.dtype = torch.float32) -> Adapter:
-        """A copy of the trained tensors in the neutral form."""
+        """A copy of the trained tensors in the neutral form.
+
+        Layers that began away from 0 are given as what training added, a pair of twice the rank, so that they fit the
+        base as it is.
+        """
         layers = {layer: _layer_adapter(slot, self._fresh[layer], dtype) for layer, slot in self.slots.items()}
+        for layer, start in self._starts.items():
+            layers[layer] = difference(layers[layer], start)
         return Adapter(name, {self.component: layers})
 
     def load(self, adapter: Adapter) -> None:
         """Copy an adapter's tensors into the slots. AdapterMismatchError unless layers and shapes are the same."""
-        theirs = adapter.layers.get(self.component, {})
+        theirs = dict(adapter.layers.get(self.component, {}))
+        for name in self._starts.keys() & theirs.keys():
+            theirs[name] = first_half(theirs[name]) if theirs[name].method == "lora" else theirs[name]
         if theirs.keys() != self.slots.keys():
             odd = sorted(theirs.keys() ^ self.slots.keys())
             raise AdapterMismatchError(
@@ -113,12 +150,17 @@ def attach(
     targets: Targets = "attention",
     *,
     component: str = "unet",
-    dropout: float = 0.0,
+    dropout: float | Dropping = 0.0,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    fresh: Mapping[str, LayerAdapter] | None = None,
     generator: torch.Generator | None = None,
 ) -> Attachment:
     """Freeze `model` and put fresh trainable slots on its target layers; nothing it computes changes.
 
-    `dropout` is a probability on the rank axis. Raises TargetError for an unmatched target and for a layer
+    `dropout` is a probability on the rank axis, or several. `ranks` and `alphas` give layers by glob what the method
+    gives the others; the last glob that matches counts. `fresh` gives layers their tensors, such as those of
+    `beginning.py`, which may begin away from 0. Raises TargetError for an unmatched target or glob and for a layer
     that has a slot already; then nothing has changed.
     """
     method = LoRA() if method is None else method
@@ -127,17 +169,53 @@ def attach(
         raise TargetError(f"{some(taken)} of {type(model).__name__} carry adapters already; take them off first")
     if unfit := [name for name, layer in layers.items() if not method.supports(layer)]:
         raise TargetError(f"method {method.name!r} is not defined on {some(unfit)} of {type(model).__name__}")
-    fresh = {name: method.fresh(layer, generator) for name, layer in layers.items()}
-    parts = {name: method.part(NAME, new, layers[name]) for name, new in fresh.items()}
-    if dropout and any(isinstance(part, Branch) for part in parts.values()):
+    methods = by_layer(method, layers, ranks or {}, alphas or {})
+    given = fresh or {}
+    new = {
+        name: given[name] if name in given else methods[name].fresh(layer, generator) for name, layer in layers.items()
+    }
+    parts = {name: _parts(method, new[name], layer, take_off_start=name not in given) for name, layer in layers.items()}
+    dropping = dropout if isinstance(dropout, Dropping) else Dropping(token=dropout)
+    if dropping.by_row and any(isinstance(part[0], Branch) for part in parts.values()):
         raise ConfigError(f"method {method.name!r}: dropout is {dropout}, but it has no rank axis to drop from")
-    slots = {name: Slot(layers[name], [part], trainable=True) for name, part in parts.items()}
-    attachment = Attachment(model, component, slots, fresh)
+    slots = {name: Slot(layers[name], part, trainable=True) for name, part in parts.items()}
+    attachment = Attachment(model, component, slots, new)
     model.requires_grad_(False)
     for name, slot in slots.items():
-        slot.dropout = dropout
+        slot.dropping = dropping if dropping != Dropping() else None
+        for key in getattr(method, "frozen", ()):
+            _held(slot)[key].requires_grad_(False)
         place(layers[name], slot)
     return attachment
+
+
+def by_layer(
+    method: Method, layers: Mapping[str, nn.Module], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Method]:
+    """The settings of every layer. TargetError for a glob without layers, ConfigError for a method without ranks."""
+    chosen = dict.fromkeys(layers, method)
+    for setting, table in (("rank", ranks), ("alpha", alphas)):
+        if table and setting not in {field.name for field in fields(cast("Any", method))}:
+            raise ConfigError(f"method {method.name!r} has no {setting}, which {some(table)} would have by layer")
+        for glob, value in table.items():
+            if not (names := [name for name in layers if fnmatchcase(name, glob)]):
+                raise TargetError(
+                    f"{setting} of {glob!r}: no target layer is called so; there are {some(list(layers))}"
+                )
+            chosen |= {name: replace(cast("Any", chosen[name]), **{setting: value}) for name in names}
+    return chosen
+
+
+def _parts(method: Method, new: LayerAdapter, layer: nn.Module, *, take_off_start: bool) -> list[Part]:
+    part = type(method).part(NAME, new, layer)
+    if take_off_start and _is_away(new) and isinstance(part, Pair):
+        return [part, StartBranch(START, new.tensors, part.scale)]
+    return [part]
+
+
+def _is_away(new: LayerAdapter) -> bool:
+    """Whether a pair begins away from 0."""
+    return new.method == "lora" and bool(new.tensors["up"].any())
 
 
 def fault_of(adapter: LayerAdapter, layer: nn.Module) -> str | None:

@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.branches import Branch, add_branches
+from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape, out_width
 from lora_diffusion.packing import Block, repacked
 
@@ -70,7 +71,7 @@ class Slot(nn.Module):
     def __init__(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False, reserve: int = 0) -> None:
         super().__init__()
         self.convolution = convolution_arguments(layer)
-        self.dropout = 0.0  # probability, on the rank axis, while training
+        self.dropping: Dropping | None = None  # random gates, while training
         self.hooks: tuple[RemovableHandle, ...] = ()
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
         self.live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
@@ -118,11 +119,12 @@ class Slot(nn.Module):
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """`out` (the frozen layer's output for `x`) with all pairs added."""
         gate = self._of_pairs(self._gate(out))
-        if self.training and self.dropout:
-            gate = gate * self._keep(x) / (1 - self.dropout)
+        if self.training and self.dropping:
+            places = (1,) if self.convolution is not None else x.shape[1:-1]
+            gate = self.dropping.rows(gate.to(x.device), x.shape[0], places)
         if self.convolution is not None:
             return _add_convolution(x, out, self.down, self.up, gate, self.convolution)
-        if torch.is_grad_enabled() and (x.requires_grad or self.down.requires_grad):
+        if torch.is_grad_enabled() and (x.requires_grad or self.up.requires_grad):
             return out + _LowRank.apply(x, self.down, self.up, gate).to(out.dtype)
         return _add_linear(x, out, self.down.to(x), self.up.to(x), gate.to(x.device))
 
@@ -174,6 +176,8 @@ class Slot(nn.Module):
             assert isinstance(branch, Branch)
             if self.weights[first + i] or torch.compiler.is_compiling():
                 gain = gate[..., column + i : column + i + 1].to(out.device)
+                if self.training and self.dropping:
+                    gain = gain * self.dropping.whole(out.device)
                 flat = self.convolution is None or gain.dim() == 1
                 on.append((branch, gain if flat else _over_pixels(gain, out)))
         return on
@@ -194,10 +198,6 @@ class Slot(nn.Module):
         if self.convolution is not None or len(places) == 1:
             return gate
         return gate.unflatten(1, places if gate.shape[1] > 1 else (1,) * len(places)) if places else gate[:, 0]
-
-    def _keep(self, x: Tensor) -> Tensor:
-        tokens = (x.shape[0], 1) if self.convolution is not None else x.shape[:-1]
-        return torch.rand(*tokens, self.down.shape[0], device=x.device) >= self.dropout
 
     def _merging_pays(self, layer: nn.Module, x: Tensor) -> bool:
         weight = layer._parameters.get("weight")
@@ -221,25 +221,29 @@ def _rows(pairs: Sequence[Pair], name: str, shape: tuple[int, ...], index: int) 
 
 
 class _LowRank(torch.autograd.Function):
-    """((x downᵀ) · gate) up. Saves x alone and casts the factors to x's dtype; x downᵀ is made again in backward."""
+    """((x downᵀ) · gate) up, the factors cast to x's dtype. Saves x alone and makes x downᵀ again in backward; where
+    `down` is frozen (LoRA-FA) it saves x downᵀ instead, which has `rank` numbers a token and not `in`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(x, down, up, gate)
-        return _gated(F.linear(x, down.to(x.dtype)), gate) @ up.to(x.dtype)
+        hidden = _gated(F.linear(x, down.to(x.dtype)), gate)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else hidden, down, up, gate)
+        return hidden @ up.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        x, down, up, gate = ctx.saved_tensors
-        x = x.to(grad.dtype)  # they differ under autocast
-        hidden = _gated(F.linear(x, down.to(x.dtype)), gate)
-        inner = _gated(F.linear(grad, up.to(x.dtype)), gate)
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
+        saved, down, up, gate = ctx.saved_tensors
+        saved = saved.to(grad.dtype)  # they differ under autocast
+        hidden = _gated(F.linear(saved, down.to(saved.dtype)), gate) if ctx.needs_input_grad[1] else saved
+        inner = _gated(F.linear(grad, up.to(grad.dtype)), gate)
         grad_up = (hidden.flatten(0, -2).t() @ grad.flatten(0, -2)).to(up.dtype)
-        grad_down = (inner.flatten(0, -2).t() @ x.flatten(0, -2)).to(down.dtype)
-        grad_x = inner @ down.to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_down = (
+            (inner.flatten(0, -2).t() @ saved.flatten(0, -2)).to(down.dtype) if ctx.needs_input_grad[1] else None
+        )
+        grad_x = inner @ down.to(inner.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_down, grad_up, None
 
 

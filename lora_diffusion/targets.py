@@ -33,10 +33,18 @@ _FF = (
     r"|mlp\.(fc1|fc2|gate_proj|up_proj|down_proj)|DenseReluDense\.w[io](_\d)?"
 )
 
+_is_ff = _linear(_FF)
+
+
+def _is_mix(name: str, layer: nn.Module) -> bool:
+    """The 1x1 convolutions of Sana's feed-forward (GLUMBConv), linear layers in all but shape."""
+    return is_convolution(layer) and re.search(r"(^|\.)ff\.conv_(inverted|point)$", name) is not None
+
+
 PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "attention": _linear(f"{_QV}|{_KO}"),  # q, k, v and out
     "attention-qv": _linear(_QV),  # as in Hu et al. 2021, section 4.2
-    "ff": _linear(_FF),
+    "ff": lambda name, layer: _is_ff(name, layer) or _is_mix(name, layer),
     "all-linear": lambda name, layer: is_linear(layer),
     "conv": lambda name, layer: is_convolution(layer),
 }

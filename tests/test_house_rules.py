@@ -24,10 +24,10 @@ WRITTEN = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "t
 LEVELS = (
     ("errors",),
     ("registry", "layers", "packing"),
-    ("adapter", "branches"),
+    ("adapter", "branches", "dropping"),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
-    ("attachment", "pipelines", "clock", "tokens", "fusing", "library", "resident", "composing"),
+    ("attachment", "beginning", "pipelines", "clock", "tokens", "fusing", "library", "resident", "composing"),
     ("dial", "fitting"),
     ("stacked",),
     ("stack", "training"),

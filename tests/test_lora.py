@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.dropping import Dropping
 from lora_diffusion.lora import SLOT, Pair, Slot, place, slot_of, take_off
 
 LAYERS = {
@@ -121,7 +122,7 @@ def test_training_saves_only_the_input() -> None:
 def test_dropout_acts_in_rank_space_and_only_while_training() -> None:
     layer = nn.Linear(8, 8).requires_grad_(False)
     slot = Slot(layer, [pair(layer, 4)], trainable=True)
-    slot.dropout = 0.5
+    slot.dropping = Dropping(token=0.5)
     x = torch.randn(3, 8)
     first, second = slot.train()(x, layer(x)), slot(x, layer(x))
     assert not torch.equal(first, second)

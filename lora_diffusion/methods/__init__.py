@@ -81,11 +81,13 @@ def bias_change(adapter: LayerAdapter) -> Tensor | None:
 def new_method(name: str, **settings: object) -> Method:
     """The method `name` with those of the settings that it has: (IA)³ has no rank.
 
-    ConfigError for one that is switched on (True) and that the method does not know, such as `rslora` for OFT.
+    ConfigError for one that is switched on (True, or a word) and that the method does not know, such as `rslora` for
+    OFT. None and False leave the method's own default.
     """
     method = METHODS[name]
     known = {field.name for field in fields(cast("Any", method))}
-    if senseless := [key for key, value in settings.items() if value is True and key not in known]:
+    settings = {key: value for key, value in settings.items() if value is not None and value is not False}
+    if senseless := [key for key, value in settings.items() if isinstance(value, bool | str) and key not in known]:
         raise ConfigError(
             f"method {name!r} has no setting {some(senseless)}; it has {some(sorted(known), 9) or 'none'}"
         )

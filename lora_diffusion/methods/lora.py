@@ -16,20 +16,45 @@ from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.layers import kernel_shape, out_width, weight_shape
 from lora_diffusion.lora import Pair, Part
 from lora_diffusion.methods.ranked import Ranked, alpha_over, check_pair, kaiming
+from lora_diffusion.methods.starts import Start, gaussian, olora, pissa
+from lora_diffusion.quantize import dequantize
 
 
 @dataclass(frozen=True)
 class LoRA(Ranked):
-    """Settings of new LoRA layers: `rank` >= 1, `alpha` (None: the rank, so that the scale is 1)."""
+    """Settings of new LoRA layers: `rank` >= 1, `alpha` (None: the rank, so that the scale is 1).
+
+    `init` is one of `starts.py`; PiSSA and OLoRA start with parts of the weight, which `attach` takes off again.
+    `freeze_down` trains `up` alone, which keeps `rank` numbers a token for the backward pass instead of `in`:
+    LoRA-FA, Zhang et al. 2023, arXiv 2308.03303.
+    """
+
+    init: Start = "kaiming"
+    freeze_down: bool = False
 
     name: ClassVar[str] = "lora"
     tensors: ClassVar[Mapping[str, bool]] = {"down": True, "up": True}
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
-        """`down` Kaiming-uniform with a = √5 as in microsoft/LoRA, `up` zero, float32 on the CPU."""
-        down = kaiming((self.rank, *kernel_shape(layer)), generator)
-        up = torch.zeros(out_width(layer), self.rank, *(1 for _ in kernel_shape(layer)[1:]))
-        return LayerAdapter(self.name, {"down": down, "up": up}, self.stored_alpha, "tensor")
+        """`down` and `up` as `init` says; "kaiming", with a = √5, is microsoft/LoRA's. Float32 on the CPU."""
+        row = kernel_shape(layer)
+        if self.init in ("kaiming", "gaussian"):
+            draw = kaiming if self.init == "kaiming" else gaussian
+            return self.of(layer, draw((self.rank, *row), generator), torch.zeros(out_width(layer), self.rank))
+        weight, scale = dequantize(layer).flatten(1), self.stored_alpha / self.rank
+        return self.of(layer, *(pissa(weight, self.rank, scale) if self.init == "pissa" else olora(weight, self.rank)))
+
+    def of(self, layer: nn.Module, down: Tensor, up: Tensor) -> LayerAdapter:
+        """A new layer from its factors as matrices, (rank, in) and (out, rank)."""
+        row = kernel_shape(layer)
+        tensors = {"down": down.reshape(-1, *row), "up": up.reshape(*up.shape, *(1 for _ in row[1:]))}
+        placed = {key: tensor.to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
+        return LayerAdapter(self.name, placed, self.stored_alpha, "tensor")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Tensors that are not trained."""
+        return ("down",) if self.freeze_down else ()
 
     @staticmethod
     def check(adapter: LayerAdapter, layer: nn.Module) -> str | None:

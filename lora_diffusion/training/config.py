@@ -63,7 +63,23 @@ class AdapterConfig(_Section):
     targets: str | list[str] = "attention"
     """Preset ("attention", "attention-qv", "attention+ff", "all-linear", "…+conv"), glob, or a list."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """On the rank axis."""
+    """On the rank axis, row by row at every token."""
+    rank_dropout: float = Field(0.0, ge=0, lt=1)
+    """The same for a whole picture at a time."""
+    module_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of leaving a layer's adapter out of a step."""
+    nested: bool = False
+    """DyLoRA (arXiv 2210.07558): the first b rows are trained to be an adapter of rank b, for every b."""
+    init: Literal["pissa", "olora", "loftq", "eva", "gaussian", "kaiming"] | None = None
+    """How a LoRA starts; None: "kaiming", and for other methods their own."""
+    freeze_down: bool = False
+    """LoRA-FA (arXiv 2308.03303): only `up` is trained, which saves activations."""
+    ranks: dict[str, int] = Field(default_factory=dict)
+    """Ranks of layers by glob, such as {"mid_block.*" = 32}; the last that matches counts."""
+    alphas: dict[str, float] = Field(default_factory=dict)
+    """Alphas by glob."""
+    max_norm: float | None = Field(None, gt=0)
+    """Frobenius norm that the delta of a layer's pair may have; longer ones are scaled down after each step."""
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     format: str | None = None
     """None: diffusers where it can say the method (LoRA, DoRA), else kohya."""

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.attachment import Attachment, attach
+from lora_diffusion.attachment import Attachment
 from lora_diffusion.errors import AdapterFileError, ConfigError, LoraDiffusionError, some
 from lora_diffusion.families import Family, family_of
 from lora_diffusion.formats import FORMATS
 from lora_diffusion.formats.files import save_adapter
-from lora_diffusion.methods import new_method
 from lora_diffusion.pipelines import DTYPES, Opened, load_pipeline
 from lora_diffusion.quantize import QuantizationReport, fingerprint
+from lora_diffusion.training.adapting import attach_for
 from lora_diffusion.training.batches import Batch, Batches, generator_for
 from lora_diffusion.training.checkpoints import (
     Checkpoint,
@@ -41,6 +41,7 @@ from lora_diffusion.training.objective import Objective, losses, objective_for
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
 
+SHOWN_BATCHES = 8  # what a start from the data is taken from
 HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
 _FREE = frozenset(
     {"train.checkpoint_every", "train.checkpointing", "output", "name", "data.skip_bad"}
@@ -135,16 +136,11 @@ class Run:
         return self._finish(seconds, listen) if self.step >= total else self._stopped(seconds)
 
     def _attach(self) -> Attachment:
-        settings = self.config.adapter
-        method = new_method(settings.method, rank=settings.rank, alpha=settings.alpha, rslora=settings.rslora)
-        seed = generator_for(self.config.train.seed, "init")
-        targets = settings.targets
-        attachment = attach(
-            self.denoiser, method, targets, component=self.family.denoiser, dropout=settings.dropout, generator=seed
-        )
-        for slot in attachment.slots.values():
-            slot.train()
-        return attachment
+        def show() -> None:
+            for index in range(SHOWN_BATCHES):
+                self._loss(self.data.draw(index), index)
+
+        return attach_for(self.config, self.denoiser, self.family.denoiser, show)
 
     def _one_step(self) -> float:
         settings, ranks = self.config.train, self.processes.count
@@ -165,6 +161,8 @@ class Run:
         if not (math.isfinite(total) and math.isfinite(norm.item())):
             raise DivergedError(self._diverged(total, norm.item(), names))
         self.optimizer.step()
+        if self.config.adapter.max_norm is not None:
+            self.attachment.cap(self.config.adapter.max_norm)
         return total
 
     def _loss(self, batch: Batch, index: int) -> Tensor:

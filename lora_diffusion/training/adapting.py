@@ -1,0 +1,73 @@
+"""The trainable slots of a run, as its configuration says: method, ranks by layer, start, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_diffusion.adapter import LayerAdapter
+from lora_diffusion.attachment import Attachment, attach, by_layer
+from lora_diffusion.beginning import eva_start, loftq_start
+from lora_diffusion.dropping import Dropping
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.methods import new_method
+from lora_diffusion.methods.lora import LoRA
+from lora_diffusion.quantize import WeightFiles
+from lora_diffusion.targets import find_targets
+from lora_diffusion.training.batches import generator_for
+from lora_diffusion.training.config import AdapterConfig, TrainConfig
+
+_BY_OTHERS = ("loftq", "eva")  # starts that need more than the layer
+
+
+def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Callable[[], object]) -> Attachment:
+    """Slots in training mode. `run` shows the denoiser a few batches, for starts that need the data.
+
+    ConfigError for settings that the method does not know.
+    """
+    settings = config.adapter
+    named: dict[str, Any] = {"rank": settings.rank, "alpha": settings.alpha, "rslora": settings.rslora}
+    init = None if settings.init in _BY_OTHERS else settings.init
+    method = new_method(settings.method, **named, init=init, freeze_down=settings.freeze_down)
+    attachment = attach(
+        denoiser,
+        method,
+        settings.targets,
+        component=component,
+        dropout=Dropping(settings.dropout, settings.rank_dropout, settings.module_dropout, settings.nested),
+        ranks=settings.ranks,
+        alphas=settings.alphas,
+        fresh=_starts(config, method, denoiser, component, run) if settings.init in _BY_OTHERS else None,
+        generator=generator_for(config.train.seed, "init"),
+    )
+    if settings.max_norm is not None and not attachment.has_cap:
+        attachment.detach()
+        raise ConfigError(
+            f"adapter.max_norm is for pairs that start at 0, not for {settings.method!r} with init {settings.init!r}"
+        )
+    for slot in attachment.slots.values():
+        slot.train()
+    return attachment
+
+
+def _starts(
+    config: TrainConfig, method: object, denoiser: nn.Module, component: str, run: Callable[[], object]
+) -> dict[str, LayerAdapter]:
+    settings: AdapterConfig = config.adapter
+    if not isinstance(method, LoRA):
+        raise ConfigError(f"adapter.init = {settings.init!r} is a start of method 'lora', not of {settings.method!r}")
+    layers = find_targets(denoiser, settings.targets)
+    found = by_layer(method, layers, settings.ranks, settings.alphas)
+    methods = {name: chosen for name, chosen in found.items() if isinstance(chosen, LoRA)}
+    if settings.init == "eva":
+        return eva_start(layers, methods, run)
+    return loftq_start(layers, methods, _originals(Path(config.base) / component))
+
+
+def _originals(folder: Path) -> Mapping[str, Tensor]:
+    if not folder.is_dir():
+        raise ConfigError(f"adapter.init = 'loftq' reads the weights as they were, and there is no folder {folder}")
+    return WeightFiles(folder)
