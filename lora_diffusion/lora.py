@@ -120,8 +120,7 @@ class Slot(nn.Module):
         """`out` (the frozen layer's output for `x`) with all pairs added."""
         gate = self._of_pairs(self._gate(out))
         if self.training and self.dropping:
-            places = (1,) if self.convolution is not None else x.shape[1:-1]
-            gate = self.dropping.rows(gate.to(x.device), x.shape[0], places)
+            gate = self.dropping.rows(gate.to(x.device), x.shape[0], (1,) if self.convolution else x.shape[1:-1])
         if self.convolution is not None:
             return _add_convolution(x, out, self.down, self.up, gate, self.convolution)
         if torch.is_grad_enabled() and (x.requires_grad or self.up.requires_grad):
@@ -298,5 +297,4 @@ def take_off(layer: nn.Module) -> Slot:
 
 def slot_of(layer: nn.Module) -> Slot | None:
     """The slot on a layer, if there is one."""
-    slot = getattr(layer, SLOT, None)
-    return slot if isinstance(slot, Slot) else None
+    return slot if isinstance(slot := getattr(layer, SLOT, None), Slot) else None

@@ -59,6 +59,7 @@ class Flux:
 
 
 def is_guided(denoiser: Any) -> bool:
+    """Whether the denoiser was distilled to take the guidance as an input (FLUX.1 dev, Kontext)."""
     return bool(denoiser.config.guidance_embeds)
 
 
