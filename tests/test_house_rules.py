@@ -34,6 +34,7 @@ LEVELS = (
     ("generating", "inspection", "merging"),
     ("quickstart", "axes"),
     ("cli",),
+    ("__main__",),
 )
 
 #: package -> the only files that may import it ("" stands for all; a folder for everything in it)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diffusion import AdapterStack, save_adapter
-from lora_diffusion.errors import AdapterFileError, LoraDiffusionError
+from lora_diffusion.errors import AdapterMismatchError, LoraDiffusionError
 from lora_diffusion.quantize import fingerprint
 from tests.small import ADAPTERS, Pipe, Small, X, small_adapter
 
@@ -134,7 +134,7 @@ def test_a_known_adapter_is_neither_read_nor_planned_again(tmp_path: Any, monkey
         expected = pipe.unet(X)
     stack.remove("a")
     monkeypatch.setattr("lora_diffusion.resident.load_adapter", None)
-    monkeypatch.setattr("lora_diffusion.stack.resolve", None)
+    monkeypatch.setattr("lora_diffusion.stack.fit", None)
     stack.add(file)
     with torch.no_grad():
         assert torch.equal(pipe.unet(X), expected)
@@ -151,7 +151,7 @@ def test_a_tensor_written_in_place_is_seen() -> None:
     before = stack.content_hash("w")
     stack.remove("w")
     one.layers["unet"]["up_blocks.0.to_out"].tensors["up"].fill_(float("nan"))
-    with pytest.raises(AdapterFileError, match="not finite"):
+    with pytest.raises(AdapterMismatchError, match="not finite"):
         stack.add(one)
     one.layers["unet"]["up_blocks.0.to_out"].tensors["up"].fill_(1.0)
     assert stack.content_hash(stack.add(one)) != before

@@ -73,14 +73,6 @@ def seeds() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(2)]
 
 
-def test_a_branch_is_not_fused() -> None:
-    pipe = tiny.sd()
-    with AdapterStack(pipe) as stack:
-        stack.add(random_adapter(pipe, "loha"))
-        with pytest.raises(ConfigError, match="no low-rank pair"):
-            stack.fuse()
-
-
 def test_norms_go_on_and_off() -> None:
     pipe = tiny.sd()
     name, layer = next((n, m) for n, m in pipe.unet.named_modules() if METHODS["norm"].supports(m))
