@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_diffusion import Adapter, AdapterStack, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError
-from lora_diffusion.merging import bake, conflicts, extract, merge, resize
+from lora_diffusion.merging import bake, conflicts, cut, extract, merge, resize
 from lora_diffusion.merging.conflicts import Conflict
 from lora_diffusion.merging.picture import heat_map
 from lora_diffusion.merging.rules import dare, della, prune, ties, trimmed
@@ -135,6 +135,20 @@ def test_resize_by_rank_energy_and_norm() -> None:
         assert rank == 1 or float(energy[: rank - 1].sum() / energy.sum()) < 0.81
     with pytest.raises(ConfigError):
         resize(A)
+
+
+def test_a_nested_adapter_is_cut_to_its_first_rows() -> None:
+    smaller = cut(A, 2)
+    assert set(smaller.ranks.values()) == {2}
+    for component, name, layer in A:
+        one = smaller.adapter.layers[component][name]
+        scale = layer.alpha / layer.tensors["down"].shape[0]
+        expected = scale * layer.tensors["up"][:, :2].flatten(1) @ layer.tensors["down"][:2].flatten(1)
+        torch.testing.assert_close(one.tensors["up"].flatten(1) @ one.tensors["down"].flatten(1), expected)
+    assert 0 < smaller.kept < 1
+    assert cut(A, 99).kept == 1.0
+    with pytest.raises(ConfigError, match="rank is 0"):
+        cut(A, 0)
 
 
 def test_conflicts_of_known_pairs() -> None:

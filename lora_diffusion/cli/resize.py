@@ -16,6 +16,9 @@ def resize(
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer, or the most a layer gets.")] = None,
     energy: Annotated[float | None, typer.Option(help="Share of each layer's energy to keep, such as 0.95.")] = None,
     frobenius: Annotated[float | None, typer.Option(help="Share of each layer's norm to keep.")] = None,
+    nested: Annotated[
+        bool, typer.Option("--nested", help="Keep the first --rank rows as they are: for an adapter trained nested.")
+    ] = False,
     format: Format = "diffusers",
     overwrite: Overwrite = False,
 ) -> None:
@@ -27,18 +30,26 @@ def resize(
     refuse_existing(out, overwrite)
 
     from lora_diffusion.cli.progress import bar, say
+    from lora_diffusion.errors import ConfigError
     from lora_diffusion.formats.files import load_adapter, save_adapter
+    from lora_diffusion.merging import cut
     from lora_diffusion.merging import resize as resize_adapter
 
+    if nested and (rank is None or energy is not None or frobenius is not None):
+        raise ConfigError("resize: --nested keeps the first rows; give it --rank and neither --energy nor --frobenius")
     with bar() as progress:
         task = progress.add_task("resizing", total=None, note="")
-        smaller = resize_adapter(
-            load_adapter(path),
-            rank=rank,
-            energy=energy,
-            frobenius=frobenius,
-            listen=lambda done, of: progress.update(task, completed=done, total=of),
-        )
+        whole = load_adapter(path)
+        if nested and rank is not None:
+            smaller = cut(whole, rank)
+        else:
+            smaller = resize_adapter(
+                whole,
+                rank=rank,
+                energy=energy,
+                frobenius=frobenius,
+                listen=lambda done, of: progress.update(task, completed=done, total=of),
+            )
     save_adapter(smaller.adapter, out, format=format, overwrite=overwrite)
     ranks = sorted(smaller.ranks.values())
     say(f"{out}: ranks {ranks[0]} to {ranks[-1]}, {smaller.kept:.2%} of the energy kept")

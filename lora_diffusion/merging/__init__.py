@@ -4,7 +4,7 @@ from lora_diffusion.merging.bake import Baked, bake
 from lora_diffusion.merging.conflicts import Conflict, conflicts
 from lora_diffusion.merging.extract import Extracted, extract
 from lora_diffusion.merging.merge import Merged, merge
-from lora_diffusion.merging.resize import Resized, resize
+from lora_diffusion.merging.resize import Resized, cut, resize
 
 __all__ = [
     "Baked",
@@ -14,6 +14,7 @@ __all__ = [
     "Resized",
     "bake",
     "conflicts",
+    "cut",
     "extract",
     "merge",
     "resize",

@@ -1,4 +1,4 @@
-"""An adapter at another rank: the best approximation of each layer's delta, by its singular values."""
+"""An adapter at another rank: the best approximation of each layer's delta, or the first rows of a nested one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.merging.factors import factors_of, from_svd
+from lora_diffusion.merging.factors import Factors, factors_of, from_svd
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,26 @@ def resize(
         layers.setdefault(component, {})[name] = smaller.layer()
         listen(done + 1, len(adapter))
     return Resized(replace(adapter, layers=layers), kept / whole if whole else 1.0, ranks)
+
+
+def cut(adapter: Adapter, rank: int) -> Resized:
+    """The first `rank` rows of every layer, the scale as it was: for an adapter trained nested (DyLoRA).
+
+    `kept` is 1 minus the share of the squared Frobenius norm that is lost. ConfigError for a rank below 1.
+    """
+    if rank < 1:
+        raise ConfigError(f"resize: rank is {rank}; expected a rank of at least 1")
+    adapter.check()
+    layers: dict[str, dict[str, LayerAdapter]] = {}
+    ranks: dict[tuple[str, str], int] = {}
+    lost = whole = 0.0
+    for component, name, layer in adapter:
+        factors = factors_of(layer, f"adapter {adapter.name!r}: {component} {name}")
+        first = Factors(factors.up[:, :rank], factors.down[:rank], factors.kernel)
+        rest = Factors(factors.up[:, rank:], factors.down[rank:], factors.kernel)
+        lost, whole, ranks[component, name] = lost + rest.norm() ** 2, whole + factors.norm() ** 2, first.rank
+        layers.setdefault(component, {})[name] = first.layer()
+    return Resized(replace(adapter, layers=layers), 1.0 - lost / whole if whole else 1.0, ranks)
 
 
 def rank_for(values: torch.Tensor, energy: float) -> int:
