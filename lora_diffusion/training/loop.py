@@ -37,9 +37,11 @@ from lora_diffusion.training.checkpoints import (
 )
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.interruption import Interruption
+from lora_diffusion.training.loss import MSE, Loss, loss_for
 from lora_diffusion.training.objective import Objective, losses, objective_for
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
+from lora_diffusion.training.rates import rate
 
 SHOWN_BATCHES = 8  # what a start from the data is taken from
 HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
@@ -108,7 +110,8 @@ class Run:
     ) -> None:
         self.config, self.opened, self.family, self.processes = config, opened, family, processes
         self.denoiser: nn.Module = getattr(opened.pipe, family.denoiser)
-        self.objective: Objective = objective_for(family, opened.pipe.scheduler)
+        self.objective: Objective = objective_for(family, opened.pipe.scheduler, config.times)
+        self.loss = loss_for(config.loss, self.objective.schedule)
         self.data, self.heldout = prepared.training, prepared.heldout
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
@@ -145,8 +148,7 @@ class Run:
     def _one_step(self) -> float:
         settings, ranks = self.config.train, self.processes.count
         for group in self.optimizer.param_groups:
-            rate = _rate(self.step, settings.steps, settings.warmup, settings.schedule)
-            group["lr"] = settings.lr * group["ratio"] * rate
+            group["lr"] = settings.lr * group["ratio"] * rate(self.step, settings)
         self.optimizer.zero_grad(set_to_none=True)
         total, names = 0.0, list[str]()
         for part in range(settings.accumulate):
@@ -170,14 +172,14 @@ class Run:
         torch.manual_seed(generator.initial_seed())  # dropout masks
         noise = torch.randn(batch.latents.shape, generator=generator)
         times = self.objective.draw(len(batch.latents), generator)
-        return self._losses(batch, noise, times).mean()
+        return self._losses(batch, noise, times, self.loss).mean()
 
-    def _losses(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
+    def _losses(self, batch: Batch, noise: Tensor, times: Tensor, loss: Loss = MSE) -> Tensor:
         place: dict[str, Any] = {"device": self.opened.device, "dtype": self.opened.dtype}
         conditioning = {name: value.to(**place) for name, value in batch.conditioning.items()}
         latents, noise = batch.latents.to(**place), noise.to(**place)
         masks = None if batch.masks is None else batch.masks.to(self.opened.device)
-        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks)
+        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
 
     @torch.no_grad()
     def measure(self, batches: Batches) -> float:
@@ -287,12 +289,3 @@ def _format_for(attachment: Attachment, wanted: str | None) -> str:
         return name
     FORMATS[last].dump(adapter)
     return last
-
-
-def _rate(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Share of the learning rate at a step."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return shapes[schedule]
