@@ -135,6 +135,10 @@ class LoopConfig(_Section):
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the adapter, such as 0.99, that is saved as `ema_saved` says; None: no average."""
+    ema_saved: Literal["instead", "beside"] = "instead"
+    """The average as NAME.safetensors, or as NAME-ema.safetensors beside the last step's."""
     checkpointing: bool = False
     """Forget activations and compute them again in backward: a quarter to a third slower, far less memory."""
     checkpoint_every: int = Field(200, ge=1)
