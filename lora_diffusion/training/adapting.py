@@ -1,4 +1,4 @@
-"""The trainable slots of a run, as its configuration says: method, ranks by layer, start, dropout."""
+"""The trainable slots of a run as its configuration says (method, ranks, start, dropout), and their file format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.attachment import Attachment, attach, by_layer
 from lora_diffusion.beginning import eva_start, loftq_start
 from lora_diffusion.dropping import Dropping
-from lora_diffusion.errors import ConfigError
+from lora_diffusion.errors import AdapterFileError, ConfigError
+from lora_diffusion.formats import FORMATS
 from lora_diffusion.methods import new_method
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.quantize import WeightFiles
@@ -51,6 +52,20 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
     for slot in attachment.slots.values():
         slot.train()
     return attachment
+
+
+def format_for(attachment: Attachment, wanted: str | None) -> str:
+    """The format to save in, tried before the first step is made: AdapterFileError if none can say the method."""
+    adapter = attachment.adapter("trial")
+    *others, last = [wanted] if wanted else ["diffusers", "kohya"]
+    for name in others:
+        try:
+            FORMATS[name].dump(adapter)
+        except AdapterFileError:
+            continue
+        return name
+    FORMATS[last].dump(adapter)
+    return last
 
 
 def _starts(

@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to go on, whole or not at all.
 
-    OUTPUT/checkpoints/step-000200/state.safetensors    adapter tensors and optimiser state
+    OUTPUT/checkpoints/step-000200/state.safetensors    adapter tensors, their average and optimiser state
     OUTPUT/checkpoints/step-000200/run.json             step, settings, optimiser numbers, losses
 
 A checkpoint is written to a temporary folder, synced and renamed; older ones go only after that. Batches,
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     settings: dict[str, Any]
     losses: list[float]
+    average: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # of the parameters; empty: none is kept
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -71,8 +72,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tensors = load_file(path / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_reason(error)}; remove it to start again") from None
-    parameters = {k.removeprefix("adapter/"): t for k, t in tensors.items() if k.startswith("adapter/")}
-    return Checkpoint(run["step"], parameters, _optimizer_from(run, tensors), run["settings"], run["losses"])
+    parameters, average = (
+        {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)} for start in ("adapter/", "ema/")
+    )
+    return Checkpoint(run["step"], parameters, _optimizer_from(run, tensors), run["settings"], run["losses"], average)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -99,6 +102,7 @@ def check_settings(then: Mapping[str, Any], now: Mapping[str, Any], free: frozen
 
 def _write(draft: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"adapter/{name}": t.detach().cpu().contiguous() for name, t in checkpoint.parameters.items()}
+    tensors |= {f"ema/{name}": t.detach().cpu().contiguous() for name, t in checkpoint.average.items()}
     numbers: dict[str, dict[str, Any]] = {}
     for index, state in checkpoint.optimizer["state"].items():
         for key, value in state.items():

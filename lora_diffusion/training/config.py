@@ -95,6 +95,30 @@ class BackboneConfig(_Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
+class LossConfig(_Section):
+    """What is minimised. Held-out losses are mean squared errors whatever is set here."""
+
+    kind: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """huber and smooth_l1 grow linearly beyond `delta`, so that odd pictures pull less."""
+    delta: float = Field(0.1, gt=0)
+    """Error from which huber and smooth_l1 are linear; latents have about unit variance."""
+    snr_gamma: float | None = Field(None, gt=0)
+    """min-SNR weighting (arXiv 2303.09556), such as 5, for epsilon and v; None: every timestep counts the same."""
+
+
+class TimesConfig(_Section):
+    """Which noise levels a flow is trained at (SD3, FLUX, …); bases with timesteps draw them uniformly."""
+
+    sampling: Literal["uniform", "logit-normal"] | None = None
+    """None: logit-normal for flows (arXiv 2403.03206), uniform for timesteps."""
+    mean: float = 0.0
+    """Of the logit; below 0 is more detail, above 0 more composition."""
+    std: float = Field(1.0, gt=0)
+    """Of the logit."""
+    shift: float | None = Field(None, gt=0)
+    """Above 1 moves times to the noisy end; None: the base's own shift."""
+
+
 class LoopConfig(_Section):
     """How long and how fast."""
 
@@ -111,6 +135,10 @@ class LoopConfig(_Section):
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the adapter, such as 0.99, that is saved as `ema_saved` says; None: no average."""
+    ema_saved: Literal["instead", "beside"] = "instead"
+    """The average as NAME.safetensors, or as NAME-ema.safetensors beside the last step's."""
     checkpointing: bool = False
     """Forget activations and compute them again in backward: a quarter to a third slower, far less memory."""
     checkpoint_every: int = Field(200, ge=1)
@@ -127,6 +155,8 @@ class TrainConfig(_Section):
     data: DataConfig
     adapter: AdapterConfig = Field(default_factory=AdapterConfig.model_construct)
     backbone: BackboneConfig = Field(default_factory=BackboneConfig.model_construct)
+    loss: LossConfig = Field(default_factory=LossConfig.model_construct)
+    times: TimesConfig = Field(default_factory=TimesConfig.model_construct)
     train: LoopConfig = Field(default_factory=LoopConfig.model_construct)
 
     @classmethod

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.adapter import Adapter
 from lora_diffusion.attachment import Attachment
-from lora_diffusion.errors import AdapterFileError, ConfigError, LoraDiffusionError, some
+from lora_diffusion.errors import ConfigError, LoraDiffusionError, some
 from lora_diffusion.families import Family, family_of
-from lora_diffusion.formats import FORMATS
 from lora_diffusion.formats.files import save_adapter
 from lora_diffusion.pipelines import DTYPES, Opened, load_pipeline
 from lora_diffusion.quantize import QuantizationReport, fingerprint
-from lora_diffusion.training.adapting import attach_for
+from lora_diffusion.training.adapting import attach_for, format_for
+from lora_diffusion.training.averaging import Average
 from lora_diffusion.training.batches import Batch, Batches, generator_for
 from lora_diffusion.training.checkpoints import (
     Checkpoint,
@@ -37,9 +38,11 @@ from lora_diffusion.training.checkpoints import (
 )
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.interruption import Interruption
+from lora_diffusion.training.loss import MSE, Loss, loss_for
 from lora_diffusion.training.objective import Objective, losses, objective_for
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
+from lora_diffusion.training.rates import rate
 
 SHOWN_BATCHES = 8  # what a start from the data is taken from
 HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
@@ -108,16 +111,18 @@ class Run:
     ) -> None:
         self.config, self.opened, self.family, self.processes = config, opened, family, processes
         self.denoiser: nn.Module = getattr(opened.pipe, family.denoiser)
-        self.objective: Objective = objective_for(family, opened.pipe.scheduler)
+        self.objective: Objective = objective_for(family, opened.pipe.scheduler, config.times)
+        self.loss = loss_for(config.loss, self.objective.schedule)
         self.data, self.heldout = prepared.training, prepared.heldout
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
         self.attachment = self._attach()
         if config.train.checkpointing:
             turn_on_checkpointing(self.denoiser)
-        self.format = _format_for(self.attachment, config.adapter.format)
+        self.format = format_for(self.attachment, config.adapter.format)
         groups = self.attachment.groups(config.train.lr, config.train.up_ratio)
         self.optimizer = torch.optim.AdamW(groups, lr=config.train.lr, weight_decay=config.train.weight_decay)
+        self.average = None if config.train.ema is None else Average(self.attachment, config.train.ema)
         self.step, self.losses = 0, list[float]()
         self.checkpoints = config.output / "checkpoints"
         self._resume()
@@ -145,8 +150,7 @@ class Run:
     def _one_step(self) -> float:
         settings, ranks = self.config.train, self.processes.count
         for group in self.optimizer.param_groups:
-            rate = _rate(self.step, settings.steps, settings.warmup, settings.schedule)
-            group["lr"] = settings.lr * group["ratio"] * rate
+            group["lr"] = settings.lr * group["ratio"] * rate(self.step, settings)
         self.optimizer.zero_grad(set_to_none=True)
         total, names = 0.0, list[str]()
         for part in range(settings.accumulate):
@@ -163,6 +167,8 @@ class Run:
         self.optimizer.step()
         if self.config.adapter.max_norm is not None:
             self.attachment.cap(self.config.adapter.max_norm)
+        if self.average:
+            self.average.update(self.step + 1)
         return total
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
@@ -170,14 +176,14 @@ class Run:
         torch.manual_seed(generator.initial_seed())  # dropout masks
         noise = torch.randn(batch.latents.shape, generator=generator)
         times = self.objective.draw(len(batch.latents), generator)
-        return self._losses(batch, noise, times).mean()
+        return self._losses(batch, noise, times, self.loss).mean()
 
-    def _losses(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
+    def _losses(self, batch: Batch, noise: Tensor, times: Tensor, loss: Loss = MSE) -> Tensor:
         place: dict[str, Any] = {"device": self.opened.device, "dtype": self.opened.dtype}
         conditioning = {name: value.to(**place) for name, value in batch.conditioning.items()}
         latents, noise = batch.latents.to(**place), noise.to(**place)
         masks = None if batch.masks is None else batch.masks.to(self.opened.device)
-        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks)
+        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
 
     @torch.no_grad()
     def measure(self, batches: Batches) -> float:
@@ -198,7 +204,9 @@ class Run:
         if self.processes.index == 0:
             parameters = {name: p.detach() for name, p in self.attachment.named_parameters()}
             state = self.optimizer.state_dict()
-            save_checkpoint(self.checkpoints, Checkpoint(self.step, parameters, state, self._settings(), self.losses))
+            average = self.average.tensors if self.average else {}
+            whole = Checkpoint(self.step, parameters, state, self._settings(), self.losses, average)
+            save_checkpoint(self.checkpoints, whole)
         self.processes.wait()
 
     def _resume(self) -> None:
@@ -210,6 +218,8 @@ class Run:
         with torch.no_grad():
             for name, parameter in self.attachment.named_parameters():
                 parameter.copy_(checkpoint.parameters[name])
+        if self.average:
+            self.average.restore(checkpoint.average)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.step, self.losses = checkpoint.step, checkpoint.losses
 
@@ -217,33 +227,46 @@ class Run:
         return {**self.config.model_dump(mode="json"), "pictures": self.prepared.digest, "backbone": self.before}
 
     def _finish(self, seconds: float, listen: Listener) -> TrainResult:
+        name, cap = self.config.name, self.config.adapter.max_norm
+        beside = self.average is not None and self.config.train.ema_saved == "beside"
+        if self.average and not beside:
+            self.average.put_in(cap)
         self.attachment.weigh(0.0)
         listen(Progress("measure", 0, 2))
         base = self.measure(self.heldout)
         self.attachment.weigh(1.0)
         listen(Progress("measure", 1, 2))
-        trained = self.measure(self.heldout)
+        made = [self._measured(name)]
+        if self.average and beside:
+            self.average.put_in(cap)
+            made.append(self._measured(f"{name}-ema"))
         listen(Progress("measure", 2, 2))
-        settings = self.config.adapter
-        adapter = self.attachment.adapter(self.config.name, dtype=DTYPES[settings.save_dtype])
-        parameters = adapter.parameters
         self.attachment.detach()
         unchanged = fingerprint(self.denoiser) == self.before
-        path = self.config.output / f"{self.config.name}.safetensors"
         if self.processes.index == 0:
-            said = self._metadata(base, trained)
-            save_adapter(adapter, path, format=self.format, overwrite=True, metadata=said)
+            for adapter, loss in made:
+                path, said = self._path(adapter), self._metadata(adapter.name, base, loss)
+                save_adapter(adapter, path, format=self.format, overwrite=True, metadata=said)
         self.processes.wait()
+        (adapter, trained), report = made[0], self.opened.report
         return TrainResult(
-            path, self.step, seconds, self.losses, base, trained, unchanged, parameters, self.opened.report
+            self._path(adapter), self.step, seconds, self.losses, base, trained, unchanged, adapter.parameters, report
         )
+
+    def _measured(self, name: str) -> tuple[Adapter, float]:
+        """The adapter as it is now, and its held-out loss."""
+        loss = self.measure(self.heldout)
+        return self.attachment.adapter(name, dtype=DTYPES[self.config.adapter.save_dtype]), loss
+
+    def _path(self, adapter: Adapter) -> Path:
+        return self.config.output / f"{adapter.name}.safetensors"
 
     def _stopped(self, seconds: float) -> TrainResult:
         self.attachment.detach()
         unchanged = fingerprint(self.denoiser) == self.before
         return TrainResult(None, self.step, seconds, self.losses, backbone_unchanged=unchanged)
 
-    def _metadata(self, base: float, trained: float) -> dict[str, str]:
+    def _metadata(self, title: str, base: float, trained: float) -> dict[str, str]:
         config = self.config.model_dump(mode="json", exclude={"output", "base"})
         facts = {
             "base": Path(self.config.base).name,
@@ -257,7 +280,7 @@ class Run:
         }
         return {
             "lora_diffusion": json.dumps(facts, sort_keys=True),
-            "modelspec.title": self.config.name,
+            "modelspec.title": title,
             "modelspec.trigger_phrase": self.config.data.trigger,
         }
 
@@ -273,26 +296,3 @@ def turn_on_checkpointing(denoiser: Any) -> None:
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         raise ConfigError(f"train.checkpointing: {type(denoiser).__name__} cannot; leave it off")
     denoiser.enable_gradient_checkpointing()
-
-
-def _format_for(attachment: Attachment, wanted: str | None) -> str:
-    """The format to save in, tried before the first step is made: AdapterFileError if none can say the method."""
-    adapter = attachment.adapter("trial")
-    *others, last = [wanted] if wanted else ["diffusers", "kohya"]
-    for name in others:
-        try:
-            FORMATS[name].dump(adapter)
-        except AdapterFileError:
-            continue
-        return name
-    FORMATS[last].dump(adapter)
-    return last
-
-
-def _rate(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Share of the learning rate at a step."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return shapes[schedule]

@@ -16,10 +16,19 @@ from torch import Tensor, nn
 
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import Conditioning, Family
+from lora_diffusion.training.config import TimesConfig
+from lora_diffusion.training.loss import MSE, Loss
+
+AS_EVER, UNIFORM = TimesConfig.model_construct(), TimesConfig.model_construct(sampling="uniform")
 
 
 class Objective(Protocol):
     """One kind of process."""
+
+    @property
+    def schedule(self) -> tuple[Tensor, str] | None:
+        """(ᾱ (timesteps,), "epsilon" or "v_prediction"); None where times are no timesteps."""
+        ...
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Random times, (count,): integer timesteps or sigmas in (0, 1)."""
@@ -41,6 +50,11 @@ class Diffusion:
     alphas: Tensor
     target: str
 
+    @property
+    def schedule(self) -> tuple[Tensor, str]:
+        """ᾱ and what is predicted."""
+        return self.alphas, self.target
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Uniform timesteps."""
         return torch.randint(len(self.alphas), (count,), generator=generator)
@@ -61,31 +75,43 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow; `shift` moves the sampled sigmas towards the noisy end."""
+    """Rectified flow; `shift` is the base's own and moves sigmas towards the noisy end."""
 
     shift: float = 1.0
+    times: TimesConfig = AS_EVER
+    schedule: None = None
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Logit-normal sigmas (Esser et al. 2024, arXiv 2403.03206, section 3.1), shifted."""
-        return self._shifted(torch.sigmoid(torch.randn(count, generator=generator)))
+        """Logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1) or uniform sigmas, shifted."""
+        if self.times.sampling == "uniform":
+            sigma = torch.rand(count, generator=generator)
+        else:
+            sigma = torch.sigmoid(torch.randn(count, generator=generator) * self.times.std + self.times.mean)
+        return _shifted(sigma, self.shift if self.times.shift is None else self.times.shift)
 
     def grid(self, bands: int) -> Tensor:
-        """Midpoints of equal bands, shifted."""
-        return self._shifted((torch.arange(bands) + 0.5) / bands)
+        """Midpoints of equal bands, with the base's own shift whatever is trained at."""
+        return _shifted((torch.arange(bands) + 0.5) / bands, self.shift)
 
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Straight path and its velocity."""
         sigma = times.to(latents.device).view(-1, *[1] * (latents.dim() - 1))
         return ((1 - sigma) * latents + sigma * noise).to(latents.dtype), noise - latents
 
-    def _shifted(self, sigma: Tensor) -> Tensor:
-        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
+def objective_for(family: Family, scheduler: Any, times: TimesConfig = AS_EVER) -> Objective:
+    """The objective that a pipeline's scheduler was made for, with sigmas of flows drawn as `times` says.
 
-def objective_for(family: Family, scheduler: Any) -> Objective:
-    """The objective that a pipeline's scheduler was made for. ConfigError for an unknown prediction type."""
+    ConfigError for an unknown prediction type, and for `times` that do not fit.
+    """
     if family.process == "flow":
-        return Flow(float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0))
+        if times.sampling == "uniform" and (times.mean, times.std) != (0, 1):
+            raise ConfigError("times.mean and times.std are of 'logit-normal', and times.sampling is 'uniform'")
+        return Flow(float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0), times)
+    if times not in (AS_EVER, UNIFORM):
+        raise ConfigError(
+            f"[times] is for flows, and family {family.name!r} draws its timesteps uniformly; leave it out"
+        )
     from diffusers import DDPMScheduler
 
     target = str(scheduler.config.get("prediction_type", "epsilon"))
@@ -93,6 +119,10 @@ def objective_for(family: Family, scheduler: Any) -> Objective:
         raise ConfigError(f"scheduler predicts {target!r}; expected 'epsilon' or 'v_prediction'")
     schedule: Any = DDPMScheduler.from_config(scheduler.config)
     return Diffusion(schedule.alphas_cumprod, target)
+
+
+def _shifted(sigma: Tensor, shift: float) -> Tensor:
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def losses(
@@ -104,11 +134,12 @@ def losses(
     noise: Tensor,
     times: Tensor,
     masks: Tensor | None = None,
+    loss: Loss = MSE,
 ) -> Tensor:
-    """Mean squared error of each picture, (n,) float32; with `masks` (n, 1, h, w) the mean weighted by them."""
+    """Mean error of each picture, (n,) float32; with `masks` (n, 1, h, w) the mean weighted by them."""
     noisy, target = objective.noised(latents, noise, times)
     answer = family.predict(denoiser, noisy, times.to(latents.device), conditioning)
-    error = (answer.float() - target.float()).square()
+    error = loss.errors(answer.float(), target.float(), times)
     if masks is None:
         return error.flatten(1).mean(1)
     weights = masks.float().expand_as(error)

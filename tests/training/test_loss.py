@@ -1,0 +1,113 @@
+"""Losses and times agree with Diffusers' own training code, and change what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
+
+from lora_diffusion import TrainConfig, train
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.families.flux import FLUX
+from lora_diffusion.families.sd import SD
+from lora_diffusion.training.config import LossConfig, TimesConfig, override
+from lora_diffusion.training.loss import Loss, loss_for, min_snr
+from lora_diffusion.training.objective import Flow, objective_for
+from tests.training.pictures import settings
+
+
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_are_those_of_diffusers_scripts(target: str, gamma: float) -> None:
+    scheduler, times = DDPMScheduler(prediction_type=target), torch.arange(1000)
+    snr = compute_snr(scheduler, times)
+    capped = torch.stack([snr, torch.full_like(snr, gamma)]).min(0).values
+    wanted = capped / (snr if target == "epsilon" else snr + 1)
+    torch.testing.assert_close(min_snr(scheduler.alphas_cumprod, target, gamma), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_min_snr_is_finite_where_nothing_of_the_picture_is_left() -> None:
+    alphas = DDPMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing").alphas_cumprod
+    assert alphas[-1] == 0
+    assert min_snr(alphas, "epsilon", 5.0)[-1] == 1
+    assert min_snr(alphas, "v_prediction", 5.0)[-1] == 0
+
+
+def test_each_picture_is_weighted_by_its_own_timestep() -> None:
+    objective = objective_for(SD, DDPMScheduler())
+    loss = loss_for(LossConfig(snr_gamma=5.0), objective.schedule)
+    assert loss.weights is not None
+    answer, target, times = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0, 400, 999])
+    wanted = (answer - target).square() * loss.weights[times].view(3, 1, 1, 1)
+    assert torch.equal(loss.errors(answer, target, times), wanted)
+    assert loss.weights[0] < 0.01
+    assert loss.weights[999] == 1
+
+
+def test_huber_and_smooth_l1_are_square_inside_and_linear_outside() -> None:
+    error, times = torch.tensor([[0.0, 0.05, -0.1, 1.0, -3.0]]), torch.zeros(1, dtype=torch.long)
+    wanted = torch.where(error.abs() < 0.1, error.square() / 2, 0.1 * (error.abs() - 0.05))
+    zeros = torch.zeros_like(error)
+    torch.testing.assert_close(Loss("huber", 0.1).errors(error, zeros, times), wanted)
+    torch.testing.assert_close(Loss("smooth_l1", 0.1).errors(error, zeros, times), wanted / 0.1)
+
+
+@pytest.mark.parametrize(("sampling", "theirs"), [("logit-normal", "logit_normal"), ("uniform", "none")])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.7)])
+def test_times_are_those_of_diffusers(sampling: Any, theirs: str, mean: float, std: float) -> None:
+    if sampling == "uniform" and mean:
+        pytest.skip("uniform has no mean")
+    times = TimesConfig(sampling=sampling, mean=mean, std=std, shift=1.0)
+    ours = Flow(3.0, times).draw(64, torch.Generator().manual_seed(4))
+    peer = compute_density_for_timestep_sampling(
+        theirs, 64, logit_mean=mean, logit_std=std, generator=torch.Generator().manual_seed(4)
+    )
+    torch.testing.assert_close(ours, peer)
+
+
+def test_a_shift_of_its_own_replaces_the_schedulers_in_training_and_not_in_measuring() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    base, shifted = (objective_for(FLUX, scheduler, TimesConfig(shift=shift)) for shift in (None, 6.0))
+    plain = objective_for(FLUX, scheduler, TimesConfig(shift=1.0)).draw(9, torch.Generator().manual_seed(0))
+    for objective, shift in ((base, 3.0), (shifted, 6.0)):
+        peer = FlowMatchEulerDiscreteScheduler(shift=shift)
+        peer.set_timesteps(sigmas=plain.tolist())
+        torch.testing.assert_close(objective.draw(9, torch.Generator().manual_seed(0)), peer.sigmas[:-1])
+    assert torch.equal(base.grid(8), shifted.grid(8))
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "match"),
+    [
+        ("flux", ("loss.snr_gamma=5.0",), r"loss\.snr_gamma = 5\.0 is for bases that predict epsilon or v"),
+        ("sd", ("times.shift=3.0",), r"\[times\] is for flows, and family 'sd'"),
+        ("flux", ("times.sampling=uniform", "times.mean=1.0"), r"times\.mean and times\.std are of 'logit-normal'"),
+    ],
+)
+def test_options_of_another_process_are_refused(
+    tmp_path: Path, base: str, changes: tuple[str, ...], match: str
+) -> None:
+    given = settings(tmp_path, base)
+    for change in changes:
+        override(given, change)
+    with pytest.raises(ConfigError, match=match):
+        train(TrainConfig.parse(given))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [("sd", "loss.snr_gamma=1.0"), ("sd", "loss.kind=smooth_l1"), ("flux", "times.sampling=uniform")],
+)
+def test_an_option_changes_the_training_and_not_what_is_measured(tmp_path: Path, base: str, change: str) -> None:
+    given = settings(tmp_path, base, steps=2)
+    plain = train(TrainConfig.parse(given))
+    override(given, change)
+    changed = train(TrainConfig.parse(given | {"output": str(tmp_path / "other")}))
+    assert changed.losses != plain.losses
+    assert changed.heldout_base == plain.heldout_base
+    assert changed.heldout_adapter != plain.heldout_adapter
