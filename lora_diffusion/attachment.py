@@ -169,6 +169,8 @@ def attach(
         raise TargetError(f"{some(taken)} of {type(model).__name__} carry adapters already; take them off first")
     if unfit := [name for name, layer in layers.items() if not method.supports(layer)]:
         raise TargetError(f"method {method.name!r} is not defined on {some(unfit)} of {type(model).__name__}")
+    if spanning := getattr(method, "spanning", None):  # what layers share depends on all of them
+        method = cast("Method", spanning(layers.values()))
     methods = by_layer(method, layers, ranks or {}, alphas or {})
     given = fresh or {}
     new = {
@@ -249,6 +251,8 @@ def _copy(slot: Slot, adapter: LayerAdapter, fresh: LayerAdapter, who: str) -> N
     for key, parameter in _held(slot).items():
         tensor = adapter.tensors[key]
         packed = tensor.flatten(1).t() if slot.pairs and key == "up" else tensor
+        if not tensor.is_floating_point() and not torch.equal(tensor, fresh.tensors[key]):  # a setting, never trained
+            raise AdapterMismatchError(f"{who}: {key} is {tensor.tolist()}; expected {fresh.tensors[key].tolist()}")
         parameter.copy_(packed.reshape(parameter.shape))
 
 

@@ -82,8 +82,7 @@ def pair_tensors(path: str, layer: LayerAdapter) -> dict[str, Tensor]:
 def check_pairs(adapter: Adapter, spelling: str) -> None:
     """AdapterFileError for what PEFT's LoRA cannot say: tokens, other methods than lora and dora, flattened names."""
     who = f"adapter {adapter.name!r}"
-    if adapter.embeddings:
-        raise AdapterFileError(f"{who}: the {spelling} spelling has no place for tokens ({some(adapter.embeddings)})")
+    check_names(adapter, spelling)
     others = sorted(adapter.methods - {"lora", "dora"})
     if others:
         raise AdapterFileError(f"{who}: the {spelling} spelling cannot say {some(others)}, only lora and dora")
@@ -95,14 +94,21 @@ def check_pairs(adapter: Adapter, spelling: str) -> None:
         raise AdapterFileError(
             f"{who}: {some(by_input)} have a magnitude for each input; {spelling}'s DoRA has none such"
         )
+    for component, layers in adapter.layers.items():
+        if len({layer.method for layer in layers.values()}) > 1:
+            raise AdapterFileError(f"{who}: {spelling} takes DoRA on all layers of {component} or on none")
+
+
+def check_names(adapter: Adapter, spelling: str) -> None:
+    """AdapterFileError for tokens, and for flattened layer names."""
+    who = f"adapter {adapter.name!r}"
+    if adapter.embeddings:
+        raise AdapterFileError(f"{who}: the {spelling} spelling has no place for tokens ({some(adapter.embeddings)})")
     flattened = [name for _, name, _ in adapter if _FLATTENED.match(name)]
     if flattened:
         raise AdapterFileError(
             f"{who}: {some(flattened)} are flattened names; {spelling} needs dotted ones, which only the model has"
         )
-    for component, layers in adapter.layers.items():
-        if len({layer.method for layer in layers.values()}) > 1:
-            raise AdapterFileError(f"{who}: {spelling} takes DoRA on all layers of {component} or on none")
 
 
 DIFFUSERS = Diffusers()

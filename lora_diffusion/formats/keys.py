@@ -39,6 +39,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "oft_diag": ("oft", "diag"),
     "oft_R.weight": ("oft", "R"),
     "rescale": ("oft", "rescale"),
+    "vera_lambda_d": ("vera", "d"),
+    "vera_lambda_b": ("vera", "b"),
+    "vera_projection": ("vera", "projection"),
     "bm.weight": ("glora", "bm"),
     **{
         f"{pair}{weight}": ("lora", tensor)
@@ -56,7 +59,8 @@ PARTS: dict[str, tuple[str, str]] = {
 
 #: part of a name -> what a file with such tensors is; known, and not an adapter that this package has
 REFUSED: dict[str, str] = {
-    "vera_lambda_": "VeRA, which needs the random matrices of the model it was trained on",
+    "vera_A": "VeRA; its random matrices are made from a seed here, which PEFT's file does not hold",
+    "vera_B": "VeRA; its random matrices are made from a seed here, which PEFT's file does not hold",
     "fourierft_": "FourierFT",
     "hra_": "Householder reflection adaptation",
     "boft_": "PEFT's own BOFT",

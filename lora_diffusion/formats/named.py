@@ -20,6 +20,7 @@ from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.keys import split
 from lora_diffusion.formats.peft_config import sidecar_scales
+from lora_diffusion.formats.peft_vera import with_projection
 
 
 class Named:
@@ -39,6 +40,8 @@ class Named:
     def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
         """The neutral form; alphas from tensors, or from the `adapter_config.json` of a PEFT folder."""
         scales = sidecar_scales(metadata)
+        if self.name == "peft":
+            tensors = with_projection(tensors, metadata)
         return assemble(tensors, (lambda _, layer, rank: scales.alpha(layer, rank)) if scales else lambda *_: None)
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -93,13 +93,15 @@ def scales_of(metadata: Mapping[str, str]) -> dict[str, Scales]:
 
 
 def sidecar_scales(metadata: Mapping[str, str]) -> Scales | None:
-    """Scales from the `adapter_config.json` of a PEFT folder, which speaks of one component; None without one."""
+    """Scales from the `adapter_config.json` of a PEFT folder, of one component; None without one, and of VeRA."""
     if SIDECAR_KEY not in metadata:
         return None
     config = _json(metadata[SIDECAR_KEY], "adapter_config.json")
     kind = config.get("peft_type", "LORA")
+    if kind == "VERA":
+        return None
     if kind != "LORA":
-        raise AdapterFileError(f"adapter_config.json: peft_type is {str(kind)[:40]!r}, expected 'LORA'")
+        raise AdapterFileError(f"adapter_config.json: peft_type is {str(kind)[:40]!r}, expected 'LORA' or 'VERA'")
     return Scales(config, "adapter_config.json")
 
 

@@ -2,6 +2,8 @@
 
 adapter_model.safetensors    base_model.model.<layer>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector
 adapter_config.json          rank and alpha of every layer (the tensors have none), and which layers there are
+
+VeRA is in `peft_vera.py`.
 """
 
 from __future__ import annotations
@@ -10,14 +12,18 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapter import DENOISERS, Adapter
+from torch import Tensor
+
+from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import container
-from lora_diffusion.formats.diffusers import check_pairs, pair_tensors
+from lora_diffusion.formats.diffusers import check_names, check_pairs, pair_tensors
 from lora_diffusion.formats.peft_config import config_of
+from lora_diffusion.formats.peft_vera import vera_config, vera_tensors
 from lora_diffusion.formats.provenance import carried, provenance
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -27,11 +33,12 @@ def save_peft_folder(adapter: Adapter, folder: str | Path) -> Path:
     """Write `adapter` as the PEFT folder `folder`, whole or not at all; returns the folder.
 
     AdapterFileError for a folder that exists, for an adapter of several components or of text encoders (PEFT names
-    none), for other methods than lora and dora, and for values that are not finite.
+    none), for other methods than lora, dora and vera, and for values that are not finite.
     """
     folder = Path(folder)
     adapter.check()
-    check_pairs(adapter, "PEFT")
+    is_vera = adapter.methods == {"vera"}
+    (check_names if is_vera else check_pairs)(adapter, "PEFT")
     if len(adapter.layers) != 1 or not adapter.layers.keys() <= set(DENOISERS):
         raise AdapterFileError(
             f"adapter {adapter.name!r}: a PEFT folder holds one denoiser, it has {some(adapter.layers)}"
@@ -39,16 +46,15 @@ def save_peft_folder(adapter: Adapter, folder: str | Path) -> Path:
     if folder.exists():
         raise AdapterFileError(f"{folder} exists already; choose another name")
     (layers,) = adapter.layers.values()
-    tensors = {
-        key: tensor
-        for name, layer in layers.items()
-        for key, tensor in pair_tensors(f"base_model.model.{name}", layer).items()
-    }
+    said, metadata = vera_config(layers, f"adapter {adapter.name!r}") if is_vera else (_lora_config(layers), {})
+    tensors = vera_tensors(layers) if is_vera else _lora_tensors(layers)
+    metadata = {"format": "pt", **provenance(adapter), **carried(adapter.metadata), **metadata}
     folder.parent.mkdir(parents=True, exist_ok=True)
     parts = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:
-        container.write(parts / MODEL, tensors, {"format": "pt", **provenance(adapter), **carried(adapter.metadata)})
-        (parts / CONFIG).write_text(json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        container.write(parts / MODEL, tensors, metadata)
+        config = json.dumps(said | _config(layers), indent=2, sort_keys=True)
+        (parts / CONFIG).write_text(config + "\n", encoding="utf-8")
         parts.chmod(0o777 & ~container.umask())
         parts.rename(folder)
     except OSError as error:
@@ -58,17 +64,25 @@ def save_peft_folder(adapter: Adapter, folder: str | Path) -> Path:
     return folder
 
 
-def _config(adapter: Adapter) -> dict[str, Any]:
-    (layers,) = adapter.layers.values()
+def _lora_tensors(layers: Mapping[str, LayerAdapter]) -> dict[str, Tensor]:
+    return {
+        key: tensor
+        for name, layer in layers.items()
+        for key, tensor in pair_tensors(f"base_model.model.{name}", layer).items()
+    }
+
+
+def _lora_config(layers: Mapping[str, LayerAdapter]) -> dict[str, Any]:
+    return config_of(layers) | {"peft_type": "LORA", "lora_dropout": 0.0, "use_rslora": False}
+
+
+def _config(layers: Mapping[str, LayerAdapter]) -> dict[str, Any]:
     names = "|".join(map(re.escape, sorted(layers)))  # PEFT would find plain names at the end of others too
-    return config_of(layers) | {
-        "peft_type": "LORA",
+    return {
+        "target_modules": f"^(?:{names})$",
         "task_type": None,
         "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "lora_dropout": 0.0,
-        "target_modules": f"^(?:{names})$",
-        "use_rslora": False,
     }

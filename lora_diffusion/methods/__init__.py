@@ -65,6 +65,7 @@ METHODS: Registry[type[Method]] = Registry(
         "loha": "lora_diffusion.methods.loha:LoHa",
         "lokr": "lora_diffusion.methods.lokr:LoKr",
         "ia3": "lora_diffusion.methods.ia3:IA3",
+        "vera": "lora_diffusion.methods.vera:VeRA",
         "glora": "lora_diffusion.methods.glora:GLoRA",
         "oft": "lora_diffusion.methods.oft:OFT",
         "full": "lora_diffusion.methods.full:Full",

@@ -44,6 +44,11 @@ FILES: dict[str, tuple[str, dict[str, Tensor], float | None]] = {
     "oft": ("oft", filled(oft_blocks=(2, 3, 3), rescale=(6, 1)) | ALPHA, 3),
     "boft": ("oft", filled(oft_blocks=(2, 2, 3, 3)), None),
     "glora": ("glora", filled(a1__weight=(8, 2), a2__weight=(2, 8), b1__weight=(6, 2), b2__weight=(2, 8)), 2),
+    "vera": (
+        "vera",
+        filled(vera_lambda_d=(4,), vera_lambda_b=(6,)) | {"vera_projection": torch.tensor([0, 9, 8])},
+        None,
+    ),
     "full": ("full", filled(diff=(6, 8), diff_b=(6,)), None),
     "bias alone": ("full", filled(diff_b=(6,)), None),
     "norm": ("norm", filled(w_norm=(6,), b_norm=(6,)), None),

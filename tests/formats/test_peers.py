@@ -15,9 +15,11 @@ from peft import PeftModel
 from torch import nn
 
 from lora_diffusion import Adapter, AdapterFileError, AdapterStack, LayerAdapter, load_adapter, save_adapter
+from lora_diffusion.attachment import attach
 from lora_diffusion.formats.kohya import KOHYA
 from lora_diffusion.formats.peft_folder import save_peft_folder
 from lora_diffusion.methods import METHODS, Method, new_method
+from lora_diffusion.methods.vera import VeRA
 from tests import tiny
 from tests.formats import random_adapters
 
@@ -86,6 +88,40 @@ def test_peft_predicts_what_we_predict(method: str, tmp_path: Path):
     assert tiny.error(ours, tiny.predict(theirs, torch.float32)) < 1e-5
 
 
+def test_peft_draws_the_same_projections_for_a_vera_folder(tmp_path: Path):
+    unet = tiny.unet()
+    with attach(unet, VeRA(5, seed=3), "attention+ff") as attachment:
+        adapter = attachment.adapter("mine")
+    for layer in adapter.layers["unet"].values():
+        for part in ("d", "b"):
+            layer.tensors[part].normal_(0, 0.3)
+    folder = save_peft_folder(adapter, tmp_path / "folder")
+    again = load_adapter(folder)
+    assert again == adapter
+    pipe = tiny.sd()
+    base = tiny.predict(pipe.unet, torch.float32)
+    AdapterStack(pipe).add(again)
+    ours = tiny.predict(pipe.unet, torch.float32)
+    with pytest.warns(UserWarning, match="PRNG"):
+        theirs = PeftModel.from_pretrained(unet, folder).base_model.model
+    held = {name for name, module in theirs.named_modules() if hasattr(module, "vera_lambda_d")}
+    assert held == adapter.layers["unet"].keys()
+    assert tiny.error(ours, tiny.predict(theirs, torch.float32)) < 1e-5
+    assert tiny.error(ours, base) > 1e-2
+
+
+def test_a_vera_of_two_seeds_or_without_its_widest_layer_is_no_peft_folder(tmp_path: Path):
+    layers = {
+        "a": VeRA(4, sides=(9, 8)).fresh(nn.Linear(8, 6)),
+        "b": VeRA(4, seed=1, sides=(9, 8)).fresh(nn.Linear(8, 9)),
+    }
+    with pytest.raises(AdapterFileError, match="one pair of projections"):
+        save_peft_folder(Adapter("x", {"unet": layers}), tmp_path / "a")
+    with pytest.raises(AdapterFileError, match="for 9 outputs"):
+        save_peft_folder(Adapter("x", {"unet": {"a": layers["a"]}}), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_peft_folder_is_written_whole_or_not_at_all(tmp_path: Path):
     two = random_adapters.over(tiny.sd(), "unet", "text_encoder")
     with pytest.raises(AdapterFileError, match="one denoiser"):
@@ -115,8 +151,9 @@ def filled(method: type[Method], layer: nn.Module) -> LayerAdapter:
     return adapter
 
 
-#: LyCORIS 4.1 cannot open its own (IA)³ files: `make_module_from_state_dict` takes one tensor of the two it is given
-READ_BY_LYCORIS = [m for m in METHODS if m != "ia3"]
+#: LyCORIS 4.1 cannot open its own (IA)³ files: `make_module_from_state_dict` takes one tensor of the two it is given;
+#: it has no VeRA
+READ_BY_LYCORIS = [m for m in METHODS if m not in ("ia3", "vera")]
 
 
 @pytest.mark.parametrize(
