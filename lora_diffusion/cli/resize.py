@@ -40,16 +40,14 @@ def resize(
     with bar() as progress:
         task = progress.add_task("resizing", total=None, note="")
         whole = load_adapter(path)
+
+        def listen(done: int, of: int) -> None:
+            progress.update(task, completed=done, total=of)
+
         if nested and rank is not None:
-            smaller = cut(whole, rank)
+            smaller = cut(whole, rank, listen=listen)
         else:
-            smaller = resize_adapter(
-                whole,
-                rank=rank,
-                energy=energy,
-                frobenius=frobenius,
-                listen=lambda done, of: progress.update(task, completed=done, total=of),
-            )
+            smaller = resize_adapter(whole, rank=rank, energy=energy, frobenius=frobenius, listen=listen)
     save_adapter(smaller.adapter, out, format=format, overwrite=overwrite)
     ranks = sorted(smaller.ranks.values())
     say(f"{out}: ranks {ranks[0]} to {ranks[-1]}, {smaller.kept:.2%} of the energy kept")

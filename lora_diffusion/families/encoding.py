@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["instead_of_empty", "pack", "padded", "picture_latents", "unpack"]
+__all__ = ["by_channel", "instead_of_empty", "pack", "padded", "picture_latents", "unpack"]
 
 
 def picture_latents(vae: Any, pictures: Tensor) -> Tensor:
@@ -24,9 +24,14 @@ def picture_latents(vae: Any, pictures: Tensor) -> Tensor:
     if upcast:
         vae.to(dtype)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-        return ((latents - mean) / std * config.scaling_factor).to(dtype)
+        return (by_channel(latents, config) * config.scaling_factor).to(dtype)
     return ((latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor).to(dtype)
+
+
+def by_channel(latents: Tensor, config: Any) -> Tensor:
+    """(n, c, h, w), each channel centred and scaled by the configuration's `latents_mean` and `latents_std`."""
+    mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return (latents - mean) / std
 
 
 def pack(latents: Tensor) -> Tensor:

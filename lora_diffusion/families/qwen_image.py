@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_diffusion.families import Conditioning, Process, has_denoiser
-from lora_diffusion.families.encoding import pack, padded, unpack
+from lora_diffusion.families.encoding import by_channel, pack, padded, unpack
 
 TOKENS = 512  # what the pipeline cuts prompts at
 
@@ -36,8 +36,7 @@ class QwenImage:
         """(mode - latents_mean) / latents_std, channel by channel."""
         vae = pipe.vae
         latents: Tensor = vae.encode(pictures.to(vae.device, vae.dtype)[:, :, None]).latent_dist.mode()[:, :, 0]
-        mean, std = (latents.new_tensor(s).view(1, -1, 1, 1) for s in (vae.config.latents_mean, vae.config.latents_std))
-        return (latents - mean) / std
+        return by_channel(latents, vae.config)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """`time` is sigma in [0, 1]; the answer is the velocity noise - latents."""
