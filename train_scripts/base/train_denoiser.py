@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from train_vae import load_pictures
 from transformers import CLIPTokenizer
 
-DEFAULT_SHARE = 0.43  # of the samples are of the default style
 EMPTY_SHARE = 0.1  # of the captions are empty: what guidance points away from
 
 
@@ -70,7 +69,7 @@ def open_tokenizer(work: Path, labels: list[str], styles: list[str]) -> CLIPToke
     return CLIPTokenizer.from_pretrained(work / "tokenizer")
 
 
-def load_examples(work: Path, device: torch.device) -> tuple[Examples, CLIPTokenizer]:
+def load_examples(work: Path, device: torch.device, default_share: float) -> tuple[Examples, CLIPTokenizer]:
     """The listed things of `WORK/pictures.npz`, encoded and tokenised."""
     rows = np.load(work / "pictures.npz")
     tokenizer = open_tokenizer(work, rows["labels"].tolist(), rows["styles"].tolist())
@@ -79,7 +78,7 @@ def load_examples(work: Path, device: torch.device) -> tuple[Examples, CLIPToken
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
     latents = encode(vae, load_pictures(work, device)[listed.to(device)])
     default = torch.tensor([style == DEFAULT_STYLE for style in styles])
-    weights = torch.where(default, DEFAULT_SHARE / default.sum(), (1 - DEFAULT_SHARE) / (~default).sum())
+    weights = torch.where(default, default_share / default.sum(), (1 - default_share) / (~default).sum())
     names = [captions(*pair) for pair in zip(labels, styles, strict=True)]
     flat = ["", *(name for row in names for name in row)]
     tokens = torch.tensor(tokenizer(flat, padding="max_length", truncation=True).input_ids).to(device)
@@ -124,6 +123,7 @@ def arguments() -> argparse.Namespace:
         "--samples", type=int, default=400_000, help="samples to have seen at the end, all calls together"
     )
     parser.add_argument("--cool", type=int, default=0, help="bring the rate down over the last so many samples")
+    parser.add_argument("--default-share", type=float, default=0.43, help="share of samples of the default style")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--start", type=Path, help="exported base to begin from where WORK has no state")
@@ -138,7 +138,7 @@ def main() -> None:
     fresh = not (args.work / "denoiser.state").exists()
     if args.start and fresh:
         borrow(args.start, args.work)
-    examples, tokenizer = load_examples(args.work, device)
+    examples, tokenizer = load_examples(args.work, device, args.default_share)
     parts = build_denoiser(tokenizer).to(device)
     if args.start and fresh:
         load_weights(parts, args.start)
