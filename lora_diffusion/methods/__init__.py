@@ -79,17 +79,35 @@ def bias_change(adapter: LayerAdapter) -> Tensor | None:
     return next((adapter.tensors[key] for key in ("diff_b", "b_norm") if key in adapter.tensors), None)
 
 
-def new_method(name: str, **settings: object) -> Method:
+def new_method(name: str, own: Mapping[str, object] | None = None, /, **settings: object) -> Method:
     """The method `name` with those of the settings that it has: (IA)³ has no rank.
 
     ConfigError for one that is switched on (True, or a word) and that the method does not know, such as `rslora` for
-    OFT. None and False leave the method's own default.
+    OFT, and for any of `own` that it does not know. None and False leave the method's own default.
     """
-    method = METHODS[name]
+    method, own = METHODS[name], own or {}
     known = {field.name for field in fields(cast("Any", method))}
     settings = {key: value for key, value in settings.items() if value is not None and value is not False}
-    if senseless := [key for key, value in settings.items() if isinstance(value, bool | str) and key not in known]:
+    foreign = {key: value for key, value in settings.items() if isinstance(value, bool | str)} | dict(own)
+    if senseless := [key for key in foreign if key not in known]:
         raise ConfigError(
             f"method {name!r} has no setting {some(senseless)}; it has {some(sorted(known), 9) or 'none'}"
         )
-    return method(**{key: value for key, value in settings.items() if key in known})
+    chosen = {key: value for key, value in (settings | dict(own)).items() if key in known}
+    return _checked(method, chosen) if own else method(**chosen)
+
+
+def _checked(method: type[Method], settings: dict[str, object]) -> Method:
+    """The method, each setting held to its declared type, as what comes from a file has to be."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(method).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):
+            raise own from None  # the method's own words
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"method {method.name!r}: {where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        ) from None

@@ -32,7 +32,8 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
     settings = config.adapter
     named: dict[str, Any] = {"rank": settings.rank, "alpha": settings.alpha, "rslora": settings.rslora}
     init = None if settings.init in _BY_OTHERS else settings.init
-    method = new_method(settings.method, **named, init=init, freeze_down=settings.freeze_down)
+    named |= {"init": init, "freeze_down": settings.freeze_down}
+    method = new_method(settings.method, settings.settings, **named)
     attachment = attach(
         denoiser,
         method,
@@ -57,8 +58,8 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
 def format_for(attachment: Attachment, wanted: str | None) -> str:
     """The format to save in, tried before the first step is made: AdapterFileError if none can say the method."""
     adapter = attachment.adapter("trial")
-    *others, last = [wanted] if wanted else ["diffusers", "kohya"]
-    for name in others:
+    last, *others = [wanted] if wanted else ["kohya", "diffusers"]
+    for name in (*others, last, *(() if wanted else FORMATS)):
         try:
             FORMATS[name].dump(adapter)
         except AdapterFileError:

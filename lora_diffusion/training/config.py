@@ -54,6 +54,8 @@ class AdapterConfig(_Section):
 
     method: str = "lora"
     """What `lora-diffusion methods` lists."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What that method has besides the settings below, such as {factor = 8} of LoKr."""
     rank: int = Field(16, ge=1)
     """Of methods that have one; OFT's largest block."""
     alpha: float | None = None
