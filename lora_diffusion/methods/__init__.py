@@ -61,6 +61,7 @@ METHODS: Registry[type[Method]] = Registry(
     {
         "lora": "lora_diffusion.methods.lora:LoRA",
         "dora": "lora_diffusion.methods.dora:DoRA",
+        "adalora": "lora_diffusion.methods.adalora:AdaLoRA",
         "locon": "lora_diffusion.methods.locon:LoCon",
         "loha": "lora_diffusion.methods.loha:LoHa",
         "lokr": "lora_diffusion.methods.lokr:LoKr",
@@ -72,6 +73,54 @@ METHODS: Registry[type[Method]] = Registry(
         "norm": "lora_diffusion.methods.norm:Norm",
     },
 )
+
+
+class Course(Protocol):
+    """What a method does beside the optimiser while it is trained, such as giving out ranks.
+
+    A method has one by defining `course(layers, steps)`, `layers` being the trained tensors of each layer by their
+    names. (A method may also define `spanning(layers)`, `frozen`, and, for tensors that files hold in another form,
+    `written(adapter, whole=…)` and its reverse `resumed(written, fresh)`: see VeRA, LoRA and AdaLoRA.)
+    """
+
+    def penalty(self) -> Tensor:
+        """What is added to the loss of a step."""
+        ...
+
+    def after(self, step: int) -> None:
+        """Called after optimiser step 1, 2, …, while its gradients are there."""
+        ...
+
+    def enforce(self) -> None:
+        """Called when the parameters were written from outside: hold them to what was decided."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint needs, each name beginning with "course/"."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint's tensors, which may have others beside."""
+        ...
+
+
+def written(layers: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapter]:
+    """Trained layers as files hold them; one of which nothing is left is left out, unless that is so of all."""
+    found: dict[str, LayerAdapter | None] = {name: _written(layer, whole=False) for name, layer in layers.items()}
+    if not any(found.values()):
+        found = {name: _written(layer, whole=True) for name, layer in layers.items()}
+    return {name: layer for name, layer in found.items() if layer is not None}
+
+
+def _written(layer: LayerAdapter, *, whole: bool) -> LayerAdapter | None:
+    own = getattr(METHODS[layer.method], "written", None)
+    return layer if own is None else own(layer, whole=whole)
+
+
+def resumed(layers: Mapping[str, LayerAdapter], fresh: Mapping[str, LayerAdapter]) -> dict[str, LayerAdapter]:
+    """The reverse of `written`, for slots that were made of `fresh`."""
+    own = {name: getattr(METHODS[new.method], "resumed", None) for name, new in fresh.items()}
+    return {**layers, **{name: back(layers.get(name), fresh[name]) for name, back in own.items() if back is not None}}
 
 
 def bias_change(adapter: LayerAdapter) -> Tensor | None:

@@ -45,11 +45,14 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
         fresh=_starts(config, method, denoiser, component, run) if settings.init in _BY_OTHERS else None,
         generator=generator_for(config.train.seed, "init"),
     )
-    if settings.max_norm is not None and not attachment.has_cap:
+    try:
+        if settings.max_norm is not None and not attachment.has_cap:
+            who = f"{settings.method!r} with init {settings.init!r}"
+            raise ConfigError(f"adapter.max_norm is for pairs that start at 0, not for {who}")
+        attachment.begin(method, config.train.steps)
+    except ConfigError:
         attachment.detach()
-        raise ConfigError(
-            f"adapter.max_norm is for pairs that start at 0, not for {settings.method!r} with init {settings.init!r}"
-        )
+        raise
     for slot in attachment.slots.values():
         slot.train()
     return attachment
