@@ -46,3 +46,5 @@ class Average:
             parameter.copy_(self.tensors[name])
         if cap is not None:
             self.attachment.cap(cap)
+        if self.attachment.course:
+            self.attachment.course.enforce()

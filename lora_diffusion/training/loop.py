@@ -139,12 +139,16 @@ class Run:
             loss = self._loss(batch, index) / settings.accumulate
             loss.backward()
             total, names = total + loss.item(), [*names, *batch.names]
+        if course := self.attachment.course:
+            course.penalty().backward()
         total = self.processes.mean(total)
         self.processes.average_gradients(self.attachment.parameters())
         norm = nn.utils.clip_grad_norm_(self.attachment.parameters(), settings.clip)
         if not (math.isfinite(total) and math.isfinite(norm.item())):
             raise DivergedError(self._diverged(total, norm.item(), names))
         self.optimizer.step()
+        if course:
+            course.after(self.step + 1)
         if self.config.adapter.max_norm is not None:
             self.attachment.cap(self.config.adapter.max_norm)
         if self.average:
@@ -182,10 +186,8 @@ class Run:
 
     def _save(self) -> None:
         if self.processes.index == 0:
-            parameters = {name: p.detach() for name, p in self.attachment.named_parameters()}
-            state = state_of(self.optimizer)
-            average = self.average.tensors if self.average else {}
-            whole = Checkpoint(self.step, parameters, state, self._settings(), self.losses, average)
+            state, average = state_of(self.optimizer), self.average.tensors if self.average else {}
+            whole = Checkpoint(self.step, self.attachment.state(), state, self._settings(), self.losses, average)
             save_checkpoint(self.checkpoints, whole)
         self.processes.wait()
 
@@ -195,9 +197,7 @@ class Run:
             return
         checkpoint = load_checkpoint(found[-1])
         check_settings(checkpoint.settings, self._settings(), _FREE, found[-1], default_settings())
-        with torch.no_grad():
-            for name, parameter in self.attachment.named_parameters():
-                parameter.copy_(checkpoint.parameters[name])
+        self.attachment.restore(checkpoint.parameters)
         if self.average:
             self.average.restore(checkpoint.average)
         restore(self.optimizer, checkpoint.optimizer)
