@@ -25,10 +25,10 @@ RECIPE = "lora_diffusion"  # the PNG text chunk that says how a picture was made
 
 @dataclass(frozen=True)
 class Drawing:
-    """How to draw. `size` in pixels (None: the pipeline's own); `extra` goes to the pipeline as it is."""
+    """How to draw. `guidance` None and `size` None: the pipeline's own; `extra` goes to the pipeline as it is."""
 
     steps: int = 30
-    guidance: float = 5.0
+    guidance: float | None = None
     size: tuple[int, int] | None = None  # width, height
     negative: str | None = None
     batch: int = 8
@@ -106,7 +106,9 @@ def draw_order(
 
 
 def _arguments(pipe: Any, how: Drawing, count: int) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"num_inference_steps": how.steps, "guidance_scale": how.guidance, **how.extra}
+    arguments: dict[str, Any] = {"num_inference_steps": how.steps, **how.extra}
+    if how.guidance is not None:
+        arguments["guidance_scale"] = how.guidance
     if how.size is not None:
         multiple = getattr(pipe, "vae_scale_factor", 8)
         if any(side % multiple for side in how.size):
@@ -176,7 +178,8 @@ def _remake(made: dict[str, Any]) -> Remake:
         raise ValueError("prompts, seeds and weights are not as many")
     order = Order([str(p) for p in batch["prompts"]], [int(s) for s in batch["seeds"]], weights)
     size = None if made["size"] is None else (int(made["size"][0]), int(made["size"][1]))
-    how = Drawing(int(made["steps"]), float(made["guidance"]), size, made["negative"], batch=count)
+    guidance = None if made["guidance"] is None else float(made["guidance"])
+    how = Drawing(int(made["steps"]), guidance, size, made["negative"], batch=count)
     files = tuple((str(one["name"]), str(one["file"]), str(one["sha256"])) for one in adapters)
     return Remake(
         order, range(count)[int(batch["index"])], how, str(made["base"]), made["precision"], files, _composition(made)

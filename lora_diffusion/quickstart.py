@@ -21,6 +21,7 @@ from lora_diffusion.sheet import contact_sheet, write_picture
 from lora_diffusion.stack import AdapterStack
 from lora_diffusion.training.config import TrainConfig, override
 
+SHIPPED_GUIDANCE = 1.5  # what the base in samples/ draws best with
 Listener = Callable[[str, int, int], None]  # stage, done, total
 
 

@@ -11,7 +11,7 @@ from lora_diffusion.cli.options import Overwrite, parse_adapter, refuse_existing
 
 
 def conflicts(
-    adapters: Annotated[list[str], typer.Argument(metavar="FILE FILE...", help="Two or more adapter files.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="FILE", help="Two or more adapter files.")],
     picture: Annotated[
         Path | None, typer.Option("--picture", "-p", metavar="PNG", help="Draw overlaps and signs as a heat map too.")
     ] = None,

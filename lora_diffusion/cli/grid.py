@@ -39,7 +39,7 @@ def grid(
     seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Seeds, with commas between them.")] = "0",
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG file.")] = Path("grid.png"),
     steps: Steps = 30,
-    guidance: Guidance = 5.0,
+    guidance: Guidance = None,
     size: Size = None,
     negative: Negative = None,
     quantize: Quantize = None,
@@ -63,7 +63,7 @@ def grid(
     from lora_diffusion.cli.progress import bar, say
     from lora_diffusion.generating import Drawing, draw_order
     from lora_diffusion.pipelines import load_for_drawing
-    from lora_diffusion.quickstart import find_samples
+    from lora_diffusion.quickstart import SHIPPED_GUIDANCE, find_samples
     from lora_diffusion.sheet import contact_sheet, write_picture
     from lora_diffusion.stack import AdapterStack
 
@@ -71,6 +71,7 @@ def grid(
     for axis in (columns, rows):
         if not Choices(prompts, numbers, {str(path): weight for path, weight in weighted}, factors).labels(axis):
             raise ConfigError(f"axis {axis!r} has nothing on it; name adapters with --adapter")
+    guidance = SHIPPED_GUIDANCE if base is None and guidance is None else guidance
     base = base or str(find_samples(None) / "base")
     opened = load_for_drawing(base, quantize, device)
     how = Drawing(steps, guidance, pixels, negative)

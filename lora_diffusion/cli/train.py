@@ -12,7 +12,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="TOML file with the settings of the run.", metavar="CONFIG.toml")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings to override, such as train.steps=100.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Settings to override, such as train.steps=100.", metavar="KEY=VALUE"),
     ] = None,
 ) -> None:
     """Train an adapter on a folder of pictures over a frozen, 4-bit base model.
