@@ -24,6 +24,7 @@ class Item:
     share: float = 1.0  # how often it is seen in an epoch
     mask: Tensor | None = None  # (h, w) in [0, 1], where the loss counts; None: everywhere
     conditioning: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # of the picture, not its caption
+    plain: tuple[int, ...] = ()  # rows of the same captions with the class in place of the trigger
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Batch:
     conditioning: dict[str, Tensor]
     names: tuple[str, ...]
     masks: Tensor | None = None  # (n, 1, h, w) in [0, 1]
+    plain: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # conditioning of the class, as a teacher hears
 
 
 class Batches:
@@ -87,23 +89,36 @@ class Batches:
 
     def _collate(self, chosen: list[int], generator: torch.Generator | None) -> Batch:
         items = [self.items[i] for i in chosen]
-        rows = torch.tensor([self._caption(item, generator) for item in items])
-        conditioning = {name: values[rows] for name, values in self.table.items()}
-        for name in items[0].conditioning:
-            conditioning[name] = torch.stack([item.conditioning[name] for item in items])
+        said = [self._caption(item, generator) for item in items]
+        conditioning = self._conditioning(items, [_row(i.captions, c) for i, c in zip(items, said, strict=True)])
+        plain: dict[str, Tensor] = {}
+        if all(item.plain for item in items):
+            plain = self._conditioning(items, [_row(i.plain, c) for i, c in zip(items, said, strict=True)])
         masks = None
         if any(item.mask is not None for item in items):
             whole = torch.ones(items[0].latents.shape[-2:])
             masks = torch.stack([whole if item.mask is None else item.mask for item in items])[:, None]
         latents = torch.stack([item.latents for item in items])
-        return Batch(latents, conditioning, tuple(item.name for item in items), masks)
+        return Batch(latents, conditioning, tuple(item.name for item in items), masks, plain)
 
-    def _caption(self, item: Item, generator: torch.Generator | None) -> int:
+    def _conditioning(self, items: list[Item], rows: list[int]) -> dict[str, Tensor]:
+        chosen = torch.tensor(rows)
+        conditioning = {name: values[chosen] for name, values in self.table.items()}
+        for name in items[0].conditioning:
+            conditioning[name] = torch.stack([item.conditioning[name] for item in items])
+        return conditioning
+
+    def _caption(self, item: Item, generator: torch.Generator | None) -> int | None:
+        """Which of its captions a picture has this time; None: the empty one."""
         if generator is None:
-            return item.captions[0]
-        if torch.rand((), generator=generator).item() < self.dropout:
             return 0
-        return item.captions[int(torch.randint(len(item.captions), (), generator=generator))]
+        if torch.rand((), generator=generator).item() < self.dropout:
+            return None
+        return int(torch.randint(len(item.captions), (), generator=generator))
+
+
+def _row(captions: tuple[int, ...], chosen: int | None) -> int:
+    return 0 if chosen is None else captions[chosen]
 
 
 def generator_for(seed: int, *what: object) -> torch.Generator:

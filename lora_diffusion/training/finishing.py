@@ -10,6 +10,7 @@ from lora_diffusion.adapter import Adapter
 from lora_diffusion.formats.files import save_adapter
 from lora_diffusion.pipelines import DTYPES
 from lora_diffusion.quantize import fingerprint
+from lora_diffusion.training.judging import mean
 from lora_diffusion.training.results import Listener, Progress, TrainResult
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         run.average.put_in(cap)
     run.attachment.weigh(0.0)
     listen(Progress("measure", 0, 2))
-    base = run.measure(run.heldout)
+    base = run.judge.bands(run.heldout)
     run.attachment.weigh(1.0)
     listen(Progress("measure", 1, 2))
     made = [_measured(run, name)]
@@ -35,20 +36,30 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
     run.attachment.detach()
     unchanged = fingerprint(run.denoiser) == run.before
     if run.processes.index == 0:
-        for adapter, loss in made:
-            said = _metadata(run, adapter.name, base, loss)
+        for adapter, bands in made:
+            said = _metadata(run, adapter.name, mean(base), mean(bands))
             save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
     run.processes.wait()
     (adapter, trained), report = made[0], run.opened.report
     return TrainResult(
-        _path(run, adapter), run.step, seconds, run.losses, base, trained, unchanged, adapter.parameters, report
+        _path(run, adapter),
+        run.step,
+        seconds,
+        run.losses,
+        mean(base),
+        mean(trained),
+        unchanged,
+        adapter.parameters,
+        report,
+        base,
+        trained,
     )
 
 
-def _measured(run: Run, name: str) -> tuple[Adapter, float]:
-    """The adapter as it is now, and its held-out loss."""
-    loss = run.measure(run.heldout)
-    return run.attachment.adapter(name, dtype=DTYPES[run.config.adapter.save_dtype]), loss
+def _measured(run: Run, name: str) -> tuple[Adapter, list[float]]:
+    """The adapter as it is now, and its held-out losses by band."""
+    bands = run.judge.bands(run.heldout)
+    return run.attachment.adapter(name, dtype=DTYPES[run.config.adapter.save_dtype]), bands
 
 
 def _path(run: Run, adapter: Adapter) -> Path:

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_diffusion.attachment import Attachment
 from lora_diffusion.errors import ConfigError, LoraDiffusionError, some
@@ -22,7 +22,6 @@ from lora_diffusion.pipelines import Opened, load_pipeline
 from lora_diffusion.quantize import fingerprint
 from lora_diffusion.training.adapting import attach_for, format_for
 from lora_diffusion.training.averaging import Average
-from lora_diffusion.training.batches import Batch, Batches, generator_for
 from lora_diffusion.training.checkpoints import (
     Checkpoint,
     check_settings,
@@ -34,8 +33,7 @@ from lora_diffusion.training.config import TrainConfig, default_settings
 from lora_diffusion.training.continuing import continue_from
 from lora_diffusion.training.finishing import finish
 from lora_diffusion.training.interruption import Interruption
-from lora_diffusion.training.loss import MSE, Loss, loss_for
-from lora_diffusion.training.objective import Objective, losses, objective_for
+from lora_diffusion.training.judging import Judge
 from lora_diffusion.training.optimizers import optimizer_for, restore, state_of
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
@@ -44,7 +42,6 @@ from lora_diffusion.training.recipes import steps_for
 from lora_diffusion.training.results import DivergedError, Listener, Progress, TrainResult
 
 SHOWN_BATCHES = 8  # what a start from the data is taken from
-HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
 _FREE = frozenset(  # may change on resuming; of `init_from` the content is compared
     {"train.checkpoint_every", "train.checkpointing", "output", "name", "data.skip_bad", "adapter.init_from"}
 )
@@ -81,12 +78,11 @@ class Run:
     ) -> None:
         self.config, self.opened, self.family, self.processes = config, opened, family, processes
         self.denoiser: nn.Module = getattr(opened.pipe, family.denoiser)
-        self.objective: Objective = objective_for(family, opened.pipe.scheduler, config.times)
-        self.loss = loss_for(config.loss, self.objective.schedule)
+        self.judge = Judge(config, opened, family, prepared)
         self.data, self.heldout = prepared.training, prepared.heldout
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
-        self.attachment = self._attach()
+        self.attachment = self.judge.attachment = self._attach()
         self.start = self._begin()
         if config.train.checkpointing:
             turn_on_checkpointing(self.denoiser)
@@ -114,7 +110,7 @@ class Run:
     def _attach(self) -> Attachment:
         def show() -> None:
             for index in range(SHOWN_BATCHES):
-                self._loss(self.data.draw(index), index)
+                next(self.judge.parts(self.data.draw(index), index))
 
         return attach_for(self.config, self.denoiser, self.family.denoiser, show)
 
@@ -136,9 +132,10 @@ class Run:
         for part in range(settings.accumulate):
             index = (self.step * ranks + self.processes.index) * settings.accumulate + part
             batch = self.data.draw(index)
-            loss = self._loss(batch, index) / settings.accumulate
-            loss.backward()
-            total, names = total + loss.item(), [*names, *batch.names]
+            for loss in self.judge.parts(batch, index):
+                (loss / settings.accumulate).backward()
+                total += loss.item() / settings.accumulate
+            names += batch.names
         total = self.processes.mean(total)
         self.processes.average_gradients(self.attachment.parameters())
         norm = nn.utils.clip_grad_norm_(self.attachment.parameters(), settings.clip)
@@ -150,35 +147,6 @@ class Run:
         if self.average:
             self.average.update(self.step + 1)
         return total
-
-    def _loss(self, batch: Batch, index: int) -> Tensor:
-        generator = generator_for(self.config.train.seed, "noise", index)
-        torch.manual_seed(generator.initial_seed())  # dropout masks
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        times = self.objective.draw(len(batch.latents), generator)
-        return self._losses(batch, noise, times, self.loss).mean()
-
-    def _losses(self, batch: Batch, noise: Tensor, times: Tensor, loss: Loss = MSE) -> Tensor:
-        place: dict[str, Any] = {"device": self.opened.device, "dtype": self.opened.dtype}
-        conditioning = {name: value.to(**place) for name, value in batch.conditioning.items()}
-        latents, noise = batch.latents.to(**place), noise.to(**place)
-        masks = None if batch.masks is None else batch.masks.to(self.opened.device)
-        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
-
-    @torch.no_grad()
-    def measure(self, batches: Batches) -> float:
-        """Mean loss over all items at `HELDOUT_BANDS` fixed times, with noise that depends on the place alone."""
-        for slot in self.attachment.slots.values():
-            slot.eval()
-        sums, count = 0.0, 0
-        for place, batch in enumerate(batches.in_order()):
-            for band, time_ in enumerate(self.objective.grid(HELDOUT_BANDS)):
-                noise = torch.randn(batch.latents.shape, generator=generator_for(0, "heldout", place, band))
-                sums += self._losses(batch, noise, time_.repeat(len(batch.latents))).sum().item()
-                count += len(batch.latents)
-        for slot in self.attachment.slots.values():
-            slot.train()
-        return sums / count if count else math.nan
 
     def _save(self) -> None:
         if self.processes.index == 0:

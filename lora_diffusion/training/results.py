@@ -41,6 +41,8 @@ class TrainResult:
     backbone_unchanged: bool = True
     parameters: int = 0
     report: QuantizationReport | None = field(default=None, repr=False)
+    bands_base: list[float] = field(default_factory=list[float], repr=False)  # held-out losses by time, clean to noisy
+    bands_adapter: list[float] = field(default_factory=list[float], repr=False)
 
     @property
     def interrupted(self) -> bool:
