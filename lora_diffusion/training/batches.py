@@ -36,14 +36,24 @@ class Batch:
     names: tuple[str, ...]
     masks: Tensor | None = None  # (n, 1, h, w) in [0, 1]
     plain: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # conditioning of the class, as a teacher hears
+    texts: tuple[str, ...] = ()  # the captions themselves, where the batches know them
+    plain_texts: tuple[str, ...] = ()
 
 
 class Batches:
     """Draws batches from items; only pictures of the same shape go together."""
 
     def __init__(
-        self, items: Sequence[Item], table: dict[str, Tensor], *, size: int, seed: int, dropout: float = 0.0
+        self,
+        items: Sequence[Item],
+        table: dict[str, Tensor],
+        *,
+        size: int,
+        seed: int,
+        dropout: float = 0.0,
+        texts: Sequence[str] = (),
     ) -> None:
+        self.texts = texts
         self.items, self.table, self.size, self.seed, self.dropout = list(items), table, size, seed, dropout
         self._drawn: tuple[int, list[list[int]]] = (0, self._epoch(0))
         self._length = len(self._drawn[1])
@@ -90,16 +100,19 @@ class Batches:
     def _collate(self, chosen: list[int], generator: torch.Generator | None) -> Batch:
         items = [self.items[i] for i in chosen]
         said = [self._caption(item, generator) for item in items]
-        conditioning = self._conditioning(items, [_row(i.captions, c) for i, c in zip(items, said, strict=True)])
-        plain: dict[str, Tensor] = {}
-        if all(item.plain for item in items):
-            plain = self._conditioning(items, [_row(i.plain, c) for i, c in zip(items, said, strict=True)])
+        rows = [_row(item.captions, one) for item, one in zip(items, said, strict=True)]
+        plain_rows = [_row(item.plain, one) for item, one in zip(items, said, strict=True) if item.plain]
+        plain = self._conditioning(items, plain_rows) if len(plain_rows) == len(items) else {}
         masks = None
         if any(item.mask is not None for item in items):
             whole = torch.ones(items[0].latents.shape[-2:])
             masks = torch.stack([whole if item.mask is None else item.mask for item in items])[:, None]
         latents = torch.stack([item.latents for item in items])
-        return Batch(latents, conditioning, tuple(item.name for item in items), masks, plain)
+        names, texts = tuple(item.name for item in items), self._said(rows)
+        return Batch(latents, self._conditioning(items, rows), names, masks, plain, texts, self._said(plain_rows))
+
+    def _said(self, rows: list[int]) -> tuple[str, ...]:
+        return tuple(self.texts[row] for row in rows) if self.texts else ()
 
     def _conditioning(self, items: list[Item], rows: list[int]) -> dict[str, Tensor]:
         chosen = torch.tensor(rows)

@@ -32,6 +32,7 @@ from lora_diffusion.training.sections import (
     LossConfig,
     PriorConfig,
     Section,
+    TextConfig,
     TimesConfig,
 )
 
@@ -50,6 +51,7 @@ class TrainConfig(Section):
     loss: LossConfig = Field(default_factory=LossConfig.model_construct)
     times: TimesConfig = Field(default_factory=TimesConfig.model_construct)
     prior: PriorConfig = Field(default_factory=PriorConfig.model_construct)
+    text: TextConfig = Field(default_factory=TextConfig.model_construct)
     train: LoopConfig = Field(default_factory=LoopConfig.model_construct)
 
     @model_validator(mode="before")

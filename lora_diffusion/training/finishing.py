@@ -23,17 +23,17 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
     beside = run.average is not None and run.config.train.ema_saved == "beside"
     if run.average and not beside:
         run.average.put_in(cap)
-    run.attachment.weigh(0.0)
+    run.trained.weigh(0.0)
     listen(Progress("measure", 0, 2))
     base = run.judge.bands(run.heldout)
-    run.attachment.weigh(1.0)
+    run.trained.weigh(1.0)
     listen(Progress("measure", 1, 2))
     made = [_measured(run, name)]
     if run.average and beside:
         run.average.put_in(cap)
         made.append(_measured(run, f"{name}-ema"))
     listen(Progress("measure", 2, 2))
-    run.attachment.detach()
+    run.trained.detach()
     unchanged = fingerprint(run.denoiser) == run.before
     if run.processes.index == 0:
         for adapter, bands in made:
@@ -59,7 +59,7 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
 def _measured(run: Run, name: str) -> tuple[Adapter, list[float]]:
     """The adapter as it is now, and its held-out losses by band."""
     bands = run.judge.bands(run.heldout)
-    return run.attachment.adapter(name, dtype=DTYPES[run.config.adapter.save_dtype]), bands
+    return run.trained.adapter(name, dtype=DTYPES[run.config.adapter.save_dtype]), bands
 
 
 def _path(run: Run, adapter: Adapter) -> Path:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.attachment import Attachment
 from lora_diffusion.families import Family
 from lora_diffusion.pipelines import Opened
 from lora_diffusion.training.batches import Batch, Batches, generator_for
@@ -17,12 +16,13 @@ from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loss import MSE, Loss, loss_for
 from lora_diffusion.training.objective import Objective, losses, objective_for, towards
 from lora_diffusion.training.preparation import Prepared
+from lora_diffusion.training.trained import Trained
 
 HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
 
 
 class Judge:
-    """A run's denoiser on its prepared pictures. `attachment` is set once there is one."""
+    """A run's denoiser on its prepared pictures. `trained` is set once there is something."""
 
     def __init__(self, config: TrainConfig, opened: Opened, family: Family, prepared: Prepared) -> None:
         self.config, self.family, self.prepared = config, family, prepared
@@ -30,7 +30,8 @@ class Judge:
         self.objective: Objective = objective_for(family, opened.pipe.scheduler, config.times)
         self.loss = loss_for(config.loss, self.objective.schedule)
         self.place: dict[str, Any] = {"device": opened.device, "dtype": opened.dtype}
-        self.attachment: Attachment | None = None
+        self.trained: Trained | None = None
+        self.pipe: Any = opened.pipe
 
     def parts(self, batch: Batch, index: int) -> Iterator[Tensor]:
         """The loss of batch number `index`, and of what is to be preserved: each to be run backward by itself."""
@@ -49,17 +50,15 @@ class Judge:
 
         Noise depends on the place alone, and the error is squared whatever is trained with.
         """
-        assert self.attachment is not None
-        for slot in self.attachment.slots.values():
-            slot.eval()
+        assert self.trained is not None
+        self.trained.training(False)
         sums, count = [0.0] * HELDOUT_BANDS, 0
         for place, batch in enumerate(batches.in_order()):
             for band, time in enumerate(self.objective.grid(HELDOUT_BANDS)):
                 noise = torch.randn(batch.latents.shape, generator=generator_for(0, "heldout", place, band))
                 sums[band] += self._losses(batch, noise, time.repeat(len(batch.latents))).sum().item()
             count += len(batch.latents)
-        for slot in self.attachment.slots.values():
-            slot.train()
+        self.trained.training(True)
         return [total / count for total in sums] if count else []
 
     def _draw(self, what: str, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
@@ -71,23 +70,26 @@ class Judge:
     def _losses(self, batch: Batch, noise: Tensor, times: Tensor, loss: Loss = MSE) -> Tensor:
         latents, noise = batch.latents.to(**self.place), noise.to(**self.place)
         masks = None if batch.masks is None else batch.masks.to(self.place["device"])
-        conditioning = self._placed(batch.conditioning)
+        conditioning = self._conditioning(batch.conditioning, batch.texts)
         return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
 
     def _from_the_base(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
         """How far the answer under the class's name is from the base's own."""
-        assert self.attachment is not None
+        assert self.trained is not None
         latents, noise = batch.latents.to(**self.place), noise.to(**self.place)
         noisy, _ = self.objective.noised(latents, noise, times)
-        conditioning = self._placed(batch.plain)
-        self.attachment.weigh(0.0)
+        self.trained.weigh(0.0)
         with torch.no_grad():
+            conditioning = self._conditioning(batch.plain, batch.plain_texts)
             target = self.family.predict(self.denoiser, noisy, times.to(noisy.device), conditioning)
-        self.attachment.weigh(1.0)
-        return towards(target, self.family, self.denoiser, noisy, conditioning, times, self.loss).mean()
+        self.trained.weigh(1.0)
+        heard = self._conditioning(batch.plain, batch.plain_texts)
+        return towards(target, self.family, self.denoiser, noisy, heard, times, self.loss).mean()
 
-    def _placed(self, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(**self.place) for name, value in conditioning.items()}
+    def _conditioning(self, cached: dict[str, Tensor], texts: tuple[str, ...]) -> dict[str, Tensor]:
+        """What was cached, and `texts` encoded now where text encoders are trained."""
+        found = cached | (self.family.encode_prompts(self.pipe, list(texts)) if self.config.text.live else {})
+        return {name: value.to(**self.place) for name, value in found.items()}
 
 
 def mean(bands: list[float]) -> float:

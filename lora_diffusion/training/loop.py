@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_diffusion.attachment import Attachment
 from lora_diffusion.errors import ConfigError, LoraDiffusionError, some
 from lora_diffusion.families import Family, family_of
 from lora_diffusion.pipelines import Opened, load_pipeline
 from lora_diffusion.quantize import fingerprint
-from lora_diffusion.training.adapting import attach_for, format_for
+from lora_diffusion.training.adapting import attach_for, encoders_for, format_for, words_for
 from lora_diffusion.training.averaging import Average
 from lora_diffusion.training.checkpoints import (
     Checkpoint,
@@ -40,6 +39,7 @@ from lora_diffusion.training.processes import Processes
 from lora_diffusion.training.rates import rate
 from lora_diffusion.training.recipes import steps_for
 from lora_diffusion.training.results import DivergedError, Listener, Progress, TrainResult
+from lora_diffusion.training.trained import Trained
 
 SHOWN_BATCHES = 8  # what a start from the data is taken from
 _FREE = frozenset(  # may change on resuming; of `init_from` the content is compared
@@ -82,14 +82,13 @@ class Run:
         self.data, self.heldout = prepared.training, prepared.heldout
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
-        self.attachment = self.judge.attachment = self._attach()
+        self.trained = self.judge.trained = self._attach()
         self.start = self._begin()
         if config.train.checkpointing:
             turn_on_checkpointing(self.denoiser)
-        self.format = format_for(self.attachment, config.adapter.format)
-        groups = self.attachment.groups(config.train.lr, config.train.up_ratio)
-        self.optimizer = optimizer_for(config.train, groups)
-        self.average = None if config.train.ema is None else Average(self.attachment, config.train.ema)
+        self.format = format_for(self.trained, config.adapter.format)
+        self.optimizer = optimizer_for(config.train, self.trained.groups(config))
+        self.average = None if config.train.ema is None else Average(self.trained, config.train.ema)
         self.step, self.losses = 0, list[float]()
         self.checkpoints = config.output / "checkpoints"
         self._resume()
@@ -107,20 +106,27 @@ class Run:
         seconds = time.monotonic() - start
         return finish(self, seconds, listen) if self.step >= total else self._stopped(seconds)
 
-    def _attach(self) -> Attachment:
+    def _attach(self) -> Trained:
         def show() -> None:
             for index in range(SHOWN_BATCHES):
                 next(self.judge.parts(self.data.draw(index), index))
 
-        return attach_for(self.config, self.denoiser, self.family.denoiser, show)
+        denoiser = attach_for(self.config, self.denoiser, self.family.denoiser, show)
+        told = self.config, self.opened.pipe, self.family
+        try:
+            words = words_for(*told, self.data.texts)  # before encoders are wrapped, whose tables it lengthens
+            return Trained(denoiser, encoders_for(*told), words)
+        except LoraDiffusionError:
+            denoiser.detach()
+            raise
 
     def _begin(self) -> str | None:
         """The content hash of the file that is gone on from."""
         path = self.config.adapter.init_from
         try:
-            return None if path is None else continue_from(path, [self.attachment])
+            return None if path is None else continue_from(path, self.trained)
         except LoraDiffusionError:
-            self.attachment.detach()
+            self.trained.detach()
             raise
 
     def _one_step(self) -> float:
@@ -137,20 +143,20 @@ class Run:
                 total += loss.item() / settings.accumulate
             names += batch.names
         total = self.processes.mean(total)
-        self.processes.average_gradients(self.attachment.parameters())
-        norm = nn.utils.clip_grad_norm_(self.attachment.parameters(), settings.clip)
+        self.processes.average_gradients(self.trained.parameters())
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), settings.clip)
         if not (math.isfinite(total) and math.isfinite(norm.item())):
             raise DivergedError(self._diverged(total, norm.item(), names))
         self.optimizer.step()
         if self.config.adapter.max_norm is not None:
-            self.attachment.cap(self.config.adapter.max_norm)
+            self.trained.cap(self.config.adapter.max_norm)
         if self.average:
             self.average.update(self.step + 1)
         return total
 
     def _save(self) -> None:
         if self.processes.index == 0:
-            parameters = {name: p.detach() for name, p in self.attachment.named_parameters()}
+            parameters = {name: p.detach() for name, p in self.trained.named_parameters()}
             state = state_of(self.optimizer)
             average = self.average.tensors if self.average else {}
             whole = Checkpoint(self.step, parameters, state, self._settings(), self.losses, average)
@@ -164,7 +170,7 @@ class Run:
         checkpoint = load_checkpoint(found[-1])
         check_settings(checkpoint.settings, self._settings(), _FREE, found[-1], default_settings())
         with torch.no_grad():
-            for name, parameter in self.attachment.named_parameters():
+            for name, parameter in self.trained.named_parameters():
                 parameter.copy_(checkpoint.parameters[name])
         if self.average:
             self.average.restore(checkpoint.average)
@@ -176,7 +182,7 @@ class Run:
         return self.config.model_dump(mode="json") | made_of
 
     def _stopped(self, seconds: float) -> TrainResult:
-        self.attachment.detach()
+        self.trained.detach()
         unchanged = fingerprint(self.denoiser) == self.before
         return TrainResult(None, self.step, seconds, self.losses, backbone_unchanged=unchanged)
 

@@ -51,16 +51,16 @@ def prepare(config: TrainConfig, opened: Opened, family: Family, listen: Count) 
     encoder = _Encoder(config, opened, family)
     everything = [*training, *heldout, *classes]
     latents = encoder.latents(everything, listen)
-    table, rows = encoder.captions(everything)
-    _let_go(opened.pipe, family)
-    loop, made = config.train, _Items(encoder, latents, rows)
+    texts = encoder.all_texts(everything)
+    table: dict[str, Tensor] = {} if config.text.live else encoder.captions(texts)
+    _let_go(opened.pipe, () if config.text.live else family.text_encoders)
+    loop, made = config.train, _Items(encoder, latents, {text: row for row, text in enumerate(texts)})
     digests = {"training": _contents(training), "heldout": _contents(heldout)}
     digests |= {"prior": _contents(classes)} if classes else {}
-    batches = Batches(made(training), table, size=loop.batch, seed=loop.seed, dropout=config.data.caption_dropout)
-    prior = Batches(made(classes), table, size=loop.batch, seed=loop.seed) if classes else None
-    return Prepared(
-        batches, Batches(made(heldout), table, size=loop.batch, seed=0), content_key(**digests), skipped, prior
-    )
+    shared: dict[str, Any] = {"table": table, "size": loop.batch, "texts": texts}
+    batches = Batches(made(training), seed=loop.seed, dropout=config.data.caption_dropout, **shared)
+    prior = Batches(made(classes), seed=loop.seed, **shared) if classes else None
+    return Prepared(batches, Batches(made(heldout), seed=0, **shared), content_key(**digests), skipped, prior)
 
 
 class _Items:
@@ -128,16 +128,18 @@ class _Encoder:
         self.cache.fill(wanted, self._encode_pictures, batch=8, progress=listen)
         return {key: self.cache[key]["latents"] for key in wanted}
 
-    @torch.no_grad()
-    def captions(self, group: Sequence[Usable]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """(conditioning table, caption -> row). Row 0 is the empty caption."""
+    def all_texts(self, group: Sequence[Usable]) -> list[str]:
+        """Every caption that is needed, the empty one first."""
         found = {text for usable in group for text in (*self.texts(usable), *self.plain(usable))}
-        texts = ["", *sorted(found - {""})]
+        return ["", *sorted(found - {""})]
+
+    @torch.no_grad()
+    def captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The conditioning table: a row for each text."""
         wanted = {content_key(kind="text", of=t, model=self.encoders, family=self.family.name): t for t in texts}
         self.cache.fill(wanted, self._encode_captions, batch=16)
         entries = [self.cache[key] for key in wanted]
-        table = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-        return table, {text: row for row, text in enumerate(texts)}
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def _encode_pictures(self, wanted: Sequence[tuple[Path, View]]) -> list[dict[str, Tensor]]:
         made: list[dict[str, Tensor]] = []
@@ -231,8 +233,8 @@ def _mask(usable: Usable, view: View, latents: Tensor) -> Tensor | None:
     return nn.functional.interpolate(values, size=latents.shape[-2:], mode="area")[0, 0]
 
 
-def _let_go(pipe: Any, family: Family) -> None:
-    for name in ("vae", *family.text_encoders):
+def _let_go(pipe: Any, text_encoders: Sequence[str]) -> None:
+    for name in ("vae", *text_encoders):
         if isinstance(getattr(pipe, name, None), nn.Module):
             setattr(pipe, name, None)
     gc.collect()

@@ -158,6 +158,30 @@ class PriorConfig(Section):
     guidance: float = Field(5.0, ge=0)
 
 
+class TextConfig(Section):
+    """What is trained of text encoders. Captions are then encoded at every step, and nothing of them is cached."""
+
+    train: list[str] = Field(default_factory=list)
+    """Components that get adapters too, such as ["text_encoder"]; the method is the adapter's."""
+    lr: float = Field(1e-5, gt=0)
+    """Of these adapters (kohya's SDXL guide)."""
+    rank: int | None = Field(None, ge=1)
+    """None: the adapter's rank; likewise alpha."""
+    alpha: float | None = None
+    targets: str | list[str] = "attention"
+    tokens: dict[str, str] = Field(default_factory=dict)
+    """New tokens and the word each begins as, such as {"<kiki>" = "cat"}; they are saved inside the adapter."""
+    token_vectors: int = Field(1, ge=1, le=64)
+    """Vectors of each."""
+    token_lr: float = Field(3e-4, gt=0)
+    """Of these vectors (cog-sdxl's `ti_lr`)."""
+
+    @property
+    def live(self) -> bool:
+        """Whether text encoders are needed while training."""
+        return bool(self.train or self.tokens)
+
+
 class LoopConfig(Section):
     """How long and how fast."""
 

@@ -36,7 +36,7 @@ def test_the_teacher_is_the_base_under_the_class_name(tmp_path: Path) -> None:
     run = run_of(given(tmp_path, TEACHER | {"weight": 2.0}))
     batch = run.data.draw(0)
     assert [p.item() for p in run.judge.parts(batch, 0)][1] == 0  # a fresh adapter says what the base says
-    for name, parameter in run.attachment.named_parameters():
+    for name, parameter in run.trained.named_parameters():
         if name.endswith(".up"):
             parameter.data.normal_(0, 0.1)
     first, second = run.judge.parts(batch, 0)
@@ -47,7 +47,7 @@ def test_the_teacher_is_the_base_under_the_class_name(tmp_path: Path) -> None:
     noisy, _ = run.judge.objective.noised(batch.latents, noise, times)
     answers = []
     for weight in (0.0, 1.0):
-        run.attachment.weigh(weight)
+        run.trained.weigh(weight)
         with torch.no_grad():
             answers.append(run.family.predict(run.denoiser, noisy, times, batch.plain))
     torch.testing.assert_close(found, (answers[1] - answers[0]).square().mean())
