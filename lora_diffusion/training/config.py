@@ -34,6 +34,7 @@ from lora_diffusion.training.sections import (
     Section,
     TextConfig,
     TimesConfig,
+    WatchConfig,
 )
 
 
@@ -52,6 +53,7 @@ class TrainConfig(Section):
     times: TimesConfig = Field(default_factory=TimesConfig.model_construct)
     prior: PriorConfig = Field(default_factory=PriorConfig.model_construct)
     text: TextConfig = Field(default_factory=TextConfig.model_construct)
+    watch: WatchConfig = Field(default_factory=WatchConfig.model_construct)
     train: LoopConfig = Field(default_factory=LoopConfig.model_construct)
 
     @model_validator(mode="before")
@@ -65,6 +67,8 @@ class TrainConfig(Section):
             raise ValueError(f"recipe {self.recipe!r} needs data.trigger, the word that calls what is learned")
         if fault := _fault_of(self.prior, self.data):
             raise ValueError(fault)
+        if self.watch.every and not self.watch.prompts:
+            raise ValueError("watch.every draws watch.prompts, and there are none")
         return self
 
     @classmethod

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.formats.files import save_adapter
 from lora_diffusion.pipelines import DTYPES
-from lora_diffusion.quantize import fingerprint
+from lora_diffusion.quantize import dequantize, fingerprint
 from lora_diffusion.training.judging import mean
 from lora_diffusion.training.results import Listener, Progress, TrainResult
 
@@ -33,6 +37,9 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         run.average.put_in(cap)
         made.append(_measured(run, f"{name}-ema"))
     listen(Progress("measure", 2, 2))
+    if run.config.watch.prompts and run.processes.index == 0:
+        run.painter.at_weights(run.trained)
+    norms = {a.component: {n: _norm(a.model, n) for n in a.slots} for a in run.trained.attachments}
     run.trained.detach()
     unchanged = fingerprint(run.denoiser) == run.before
     if run.processes.index == 0:
@@ -40,7 +47,7 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
             said = _metadata(run, adapter.name, mean(base), mean(bands))
             save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
     run.processes.wait()
-    (adapter, trained), report = made[0], run.opened.report
+    adapter, trained = made[0]
     return TrainResult(
         _path(run, adapter),
         run.step,
@@ -50,10 +57,35 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         mean(trained),
         unchanged,
         adapter.parameters,
-        report,
-        base,
-        trained,
+        run.opened.report,
+        bands_base=base,
+        bands_adapter=trained,
+        measured=run.measured,
+        weights=norms,
+        previews=sorted((run.config.output / "previews").glob("[sw]*.png")),
+        memory=_peak_memory(),
     )
+
+
+def save_best(run: Run, loss: float) -> None:
+    """Keep the adapter as it is now as NAME-best.safetensors."""
+    adapter = run.trained.adapter(f"{run.config.name}-best", dtype=DTYPES[run.config.adapter.save_dtype])
+    said = _metadata(run, adapter.name, None, loss)
+    save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
+
+
+def _norm(model: nn.Module, name: str) -> float:
+    return dequantize(model.get_submodule(name)).float().norm().item()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # there is none on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _measured(run: Run, name: str) -> tuple[Adapter, list[float]]:
@@ -66,16 +98,17 @@ def _path(run: Run, adapter: Adapter) -> Path:
     return run.config.output / f"{adapter.name}.safetensors"
 
 
-def _metadata(run: Run, title: str, base: float, trained: float) -> dict[str, str]:
+def _metadata(run: Run, title: str, base: float | None, trained: float) -> dict[str, str]:
     config = run.config.model_dump(mode="json", exclude={"output": True, "base": True, "adapter": {"init_from"}})
     facts = {
         "base": Path(run.config.base).name,
         "base_precision": run.config.backbone.precision,
         "base_sha256": run.before,
         "family": run.family.name,
-        "heldout_loss_base": base,
+        **({} if base is None else {"heldout_loss_base": base}),
         "heldout_loss_adapter": trained,
         "pictures": len(run.data.items),
+        "step": run.step,
         **({} if run.start is None else {"continues_sha256": run.start}),
         "settings": {**config, "data": {"resolution": run.config.data.resolution}},
     }

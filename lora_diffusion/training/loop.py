@@ -30,20 +30,23 @@ from lora_diffusion.training.checkpoints import (
 )
 from lora_diffusion.training.config import TrainConfig, default_settings
 from lora_diffusion.training.continuing import continue_from
-from lora_diffusion.training.finishing import finish
+from lora_diffusion.training.finishing import finish, save_best
 from lora_diffusion.training.interruption import Interruption
-from lora_diffusion.training.judging import Judge
+from lora_diffusion.training.judging import Judge, mean
 from lora_diffusion.training.optimizers import optimizer_for, restore, state_of
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
 from lora_diffusion.training.rates import rate
 from lora_diffusion.training.recipes import steps_for
 from lora_diffusion.training.results import DivergedError, Listener, Progress, TrainResult
+from lora_diffusion.training.sections import WatchConfig
 from lora_diffusion.training.trained import Trained
+from lora_diffusion.training.watching import Painter
 
 SHOWN_BATCHES = 8  # what a start from the data is taken from
 _FREE = frozenset(  # may change on resuming; of `init_from` the content is compared
     {"train.checkpoint_every", "train.checkpointing", "output", "name", "data.skip_bad", "adapter.init_from"}
+    | {f"watch.{name}" for name in WatchConfig.model_fields}
 )
 
 
@@ -80,6 +83,8 @@ class Run:
         self.denoiser: nn.Module = getattr(opened.pipe, family.denoiser)
         self.judge = Judge(config, opened, family, prepared)
         self.data, self.heldout = prepared.training, prepared.heldout
+        if config.watch.measure_every and not self.heldout.items:
+            raise ConfigError("watch.measure_every measures on held-out pictures, and data.heldout leaves none")
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
         self.trained = self.judge.trained = self._attach()
@@ -89,7 +94,9 @@ class Run:
         self.format = format_for(self.trained, config.adapter.format)
         self.optimizer = optimizer_for(config.train, self.trained.groups(config))
         self.average = None if config.train.ema is None else Average(self.trained, config.train.ema)
-        self.step, self.losses = 0, list[float]()
+        self.step, self.losses, self.measured = 0, list[float](), list[tuple[int, float]]()
+        parts = ("vae",) if config.text.live else ("vae", *family.text_encoders)
+        self.painter = Painter(config, opened.pipe, parts, opened.device)
         self.checkpoints = config.output / "checkpoints"
         self._resume()
 
@@ -101,6 +108,7 @@ class Run:
                 self.losses.append(self._one_step())
                 self.step += 1
                 listen(Progress("train", self.step, total, self.losses[-1]))
+                self._watch()
                 if self.step % self.config.train.checkpoint_every == 0 or self.step == total or interruption.asked:
                     self._save()
         seconds = time.monotonic() - start
@@ -154,12 +162,23 @@ class Run:
             self.average.update(self.step + 1)
         return total
 
+    def _watch(self) -> None:
+        """Measure and draw, at the steps for it."""
+        watch = self.config.watch
+        if watch.measure_every and self.step % watch.measure_every == 0:
+            loss = mean(self.judge.bands(self.heldout))
+            if loss < min((before for _, before in self.measured), default=math.inf) and self.processes.index == 0:
+                save_best(self, loss)
+            self.measured.append((self.step, loss))
+        if watch.every and self.step % watch.every == 0 and self.processes.index == 0:
+            self.painter.at_step(self.trained, self.step)
+
     def _save(self) -> None:
         if self.processes.index == 0:
             parameters = {name: p.detach() for name, p in self.trained.named_parameters()}
             state = state_of(self.optimizer)
             average = self.average.tensors if self.average else {}
-            whole = Checkpoint(self.step, parameters, state, self._settings(), self.losses, average)
+            whole = Checkpoint(self.step, parameters, state, self._settings(), self.losses, average, self.measured)
             save_checkpoint(self.checkpoints, whole)
         self.processes.wait()
 
@@ -175,7 +194,7 @@ class Run:
         if self.average:
             self.average.restore(checkpoint.average)
         restore(self.optimizer, checkpoint.optimizer)
-        self.step, self.losses = checkpoint.step, checkpoint.losses
+        self.step, self.losses, self.measured = checkpoint.step, checkpoint.losses, checkpoint.measured
 
     def _settings(self) -> dict[str, Any]:
         made_of = {"pictures": self.prepared.digest, "backbone": self.before, "start": self.start}

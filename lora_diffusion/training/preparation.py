@@ -27,6 +27,7 @@ from lora_diffusion.training.batches import Batches, Item, generator_for
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.priors import Count, class_folder
 from lora_diffusion.training.sections import DataConfig
+from lora_diffusion.training.watching import park
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def prepare(config: TrainConfig, opened: Opened, family: Family, listen: Count) 
     latents = encoder.latents(everything, listen)
     texts = encoder.all_texts(everything)
     table: dict[str, Tensor] = {} if config.text.live else encoder.captions(texts)
-    _let_go(opened.pipe, () if config.text.live else family.text_encoders)
+    idle = ["vae", *(() if config.text.live else family.text_encoders)]
+    (park if config.watch.prompts else _let_go)(opened.pipe, _present(opened.pipe, idle))
     loop, made = config.train, _Items(encoder, latents, {text: row for row, text in enumerate(texts)})
     digests = {"training": _contents(training), "heldout": _contents(heldout)}
     digests |= {"prior": _contents(classes)} if classes else {}
@@ -233,10 +235,13 @@ def _mask(usable: Usable, view: View, latents: Tensor) -> Tensor | None:
     return nn.functional.interpolate(values, size=latents.shape[-2:], mode="area")[0, 0]
 
 
-def _let_go(pipe: Any, text_encoders: Sequence[str]) -> None:
-    for name in ("vae", *text_encoders):
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            setattr(pipe, name, None)
+def _present(pipe: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if isinstance(getattr(pipe, name, None), nn.Module)]
+
+
+def _let_go(pipe: Any, parts: Sequence[str]) -> None:
+    for name in parts:
+        setattr(pipe, name, None)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -182,6 +182,27 @@ class TextConfig(Section):
         return bool(self.train or self.tokens)
 
 
+class WatchConfig(Section):
+    """What is looked at while training. None of it changes what is trained."""
+
+    measure_every: int | None = Field(None, ge=1)
+    """Steps between held-out losses; the best state is kept as NAME-best.safetensors. None: at the end alone."""
+    every: int | None = Field(None, ge=1)
+    """Steps between pictures; None: at the end alone."""
+    prompts: list[str] = Field(default_factory=list)
+    """What is drawn; none: nothing."""
+    pictures: int = Field(4, ge=1)
+    """Of each prompt, with the seeds `seed`, `seed` + 1, …"""
+    weights: list[float] = [0.0, 0.5, 1.0]
+    """Of the adapter, in the grid at the end."""
+    seed: int = 0
+    steps: int = Field(20, ge=1)
+    """Denoising steps."""
+    guidance: float = Field(5.0, ge=0)
+    size: int | None = Field(None, ge=16, multiple_of=8)
+    """Pixels; None: `data.resolution`."""
+
+
 class LoopConfig(Section):
     """How long and how fast."""
 
