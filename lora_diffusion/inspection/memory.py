@@ -196,7 +196,7 @@ class _Stage:
 def _adapter(denoiser: nn.Module, config: TrainConfig, family: Family) -> list[nn.Parameter]:
     """Fresh slots on the denoiser, as training puts them; their parameters."""
     given = config.adapter
-    method = new_method(given.method, rank=given.rank, alpha=given.alpha, rslora=given.rslora)
+    method = new_method(given.method, given.settings, rank=given.rank, alpha=given.alpha, rslora=given.rslora)
     attachment = attach(denoiser, method, given.targets, component=family.denoiser, dropout=given.dropout)
     for slot in attachment.slots.values():
         slot.to("meta").train()

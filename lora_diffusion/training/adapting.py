@@ -38,7 +38,8 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
     check_start(settings)
     named: dict[str, Any] = {"rank": settings.rank, "alpha": settings.alpha, "rslora": settings.rslora}
     init = None if settings.init in _BY_OTHERS else settings.init
-    method = new_method(settings.method, **named, init=init, freeze_down=settings.freeze_down)
+    named |= {"init": init, "freeze_down": settings.freeze_down}
+    method = new_method(settings.method, settings.settings, **named)
     attachment = attach(
         denoiser,
         method,
@@ -50,11 +51,14 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
         fresh=_starts(config, method, denoiser, component, run) if settings.init in _BY_OTHERS else None,
         generator=generator_for(config.train.seed, "init"),
     )
-    if settings.max_norm is not None and not attachment.has_cap:
+    try:
+        if settings.max_norm is not None and not attachment.has_cap:
+            who = f"{settings.method!r} with init {settings.init!r}"
+            raise ConfigError(f"adapter.max_norm is for pairs that start at 0, not for {who}")
+        attachment.begin(method, config.train.steps)
+    except ConfigError:
         attachment.detach()
-        raise ConfigError(
-            f"adapter.max_norm is for pairs that start at 0, not for {settings.method!r} with init {settings.init!r}"
-        )
+        raise
     for slot in attachment.slots.values():
         slot.train()
     return attachment
@@ -69,7 +73,7 @@ def encoders_for(config: TrainConfig, pipe: Any, family: Family) -> list[Attachm
     attachments: list[Attachment] = []
     for name in dict.fromkeys(text.train):
         rank, alpha = text.rank or settings.rank, settings.alpha if text.alpha is None else text.alpha
-        method = new_method(settings.method, rank=rank, alpha=alpha, rslora=settings.rslora)
+        method = new_method(settings.method, settings.settings, rank=rank, alpha=alpha, rslora=settings.rslora)
         generator = generator_for(config.train.seed, "init", name)
         made = attach(
             getattr(pipe, name),
@@ -79,6 +83,7 @@ def encoders_for(config: TrainConfig, pipe: Any, family: Family) -> list[Attachm
             dropout=Dropping(settings.dropout, settings.rank_dropout, settings.module_dropout, settings.nested),
             generator=generator,
         )
+        made.begin(method, config.train.steps)
         attachments.append(made)
     return attachments
 
@@ -96,8 +101,8 @@ def words_for(config: TrainConfig, pipe: Any, family: Family, texts: Sequence[st
 def format_for(attachment: Attachment | Trained, wanted: str | None) -> str:
     """The format to save in, tried before the first step is made: AdapterFileError if none can say the method."""
     adapter = attachment.adapter("trial")
-    *others, last = [wanted] if wanted else ["diffusers", "kohya"]
-    for name in others:
+    last, *others = [wanted] if wanted else ["kohya", "diffusers"]
+    for name in (*others, last, *(() if wanted else FORMATS)):
         try:
             FORMATS[name].dump(adapter)
         except AdapterFileError:

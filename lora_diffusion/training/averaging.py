@@ -47,3 +47,5 @@ class Average:
             parameter.copy_(self.tensors[name])
         if cap is not None:
             self.attachment.cap(cap)
+        if self.attachment.course:
+            self.attachment.course.enforce()

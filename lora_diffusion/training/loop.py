@@ -12,7 +12,6 @@ import math
 import time
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_diffusion.errors import ConfigError, LoraDiffusionError, some
@@ -150,12 +149,16 @@ class Run:
                 (loss / settings.accumulate).backward()
                 total += loss.item() / settings.accumulate
             names += batch.names
+        if course := self.trained.course:
+            course.penalty().backward()
         total = self.processes.mean(total)
         self.processes.average_gradients(self.trained.parameters())
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), settings.clip)
         if not (math.isfinite(total) and math.isfinite(norm.item())):
             raise DivergedError(self._diverged(total, norm.item(), names))
         self.optimizer.step()
+        if course:
+            course.after(self.step + 1)
         if self.config.adapter.max_norm is not None:
             self.trained.cap(self.config.adapter.max_norm)
         if self.average:
@@ -175,10 +178,9 @@ class Run:
 
     def _save(self) -> None:
         if self.processes.index == 0:
-            parameters = {name: p.detach() for name, p in self.trained.named_parameters()}
-            state = state_of(self.optimizer)
-            average = self.average.tensors if self.average else {}
-            whole = Checkpoint(self.step, parameters, state, self._settings(), self.losses, average, self.measured)
+            state, average = state_of(self.optimizer), self.average.tensors if self.average else {}
+            held = self.trained.state()
+            whole = Checkpoint(self.step, held, state, self._settings(), self.losses, average, self.measured)
             save_checkpoint(self.checkpoints, whole)
         self.processes.wait()
 
@@ -188,9 +190,7 @@ class Run:
             return
         checkpoint = load_checkpoint(found[-1])
         check_settings(checkpoint.settings, self._settings(), _FREE, found[-1], default_settings())
-        with torch.no_grad():
-            for name, parameter in self.trained.named_parameters():
-                parameter.copy_(checkpoint.parameters[name])
+        self.trained.restore(checkpoint.parameters)
         if self.average:
             self.average.restore(checkpoint.average)
         restore(self.optimizer, checkpoint.optimizer)

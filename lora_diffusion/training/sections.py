@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -71,6 +71,8 @@ class AdapterConfig(Section):
 
     method: str = "lora"
     """What `lora-diffusion methods` lists."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What that method has besides the settings below, such as {factor = 8} of LoKr."""
     rank: int = Field(16, ge=1)
     """Of methods that have one; OFT's largest block."""
     alpha: float | None = None

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.attachment import Attachment
+from lora_diffusion.methods import Course
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.words import Words
+
+
+class Courses:
+    """Several attachments' courses as one."""
+
+    def __init__(self, courses: Sequence[Course]) -> None:
+        self.courses = list(courses)
+
+    def penalty(self) -> Tensor:
+        """The sum of what they add to the loss."""
+        return torch.stack([course.penalty() for course in self.courses]).sum()
+
+    def after(self, step: int) -> None:
+        """What they do after optimiser step number `step`."""
+        for course in self.courses:
+            course.after(step)
+
+    def enforce(self) -> None:
+        """Put the parameters in order again."""
+        for course in self.courses:
+            course.enforce()
 
 
 class Trained:
@@ -49,6 +71,29 @@ class Trained:
             rows, ratio = list(self.words.rows.values()), text.token_lr / loop.lr
             groups.append({"params": rows, "lr": text.token_lr, "ratio": ratio, "weight_decay": 0.0})
         return groups
+
+    @property
+    def course(self) -> Courses | None:
+        """What methods do beside the optimiser; None where they do nothing."""
+        found = [attachment.course for attachment in self.attachments if attachment.course]
+        return Courses(found) if found else None
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs, named as the parameters are."""
+        state = self.denoiser.state()
+        for attachment in self.encoders:
+            state |= {f"{attachment.component}/{name}": tensor for name, tensor in attachment.state().items()}
+        return state | ({name: p.detach() for name, p in self.words.named_parameters()} if self.words else {})
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.denoiser.restore(state)
+        for attachment in self.encoders:
+            start = f"{attachment.component}/"
+            attachment.restore({name.removeprefix(start): t for name, t in state.items() if name.startswith(start)})
+        for name, parameter in self.words.named_parameters() if self.words else ():
+            parameter.copy_(state[name])
 
     def weigh(self, weight: float) -> None:
         """Turn it all to another strength; at 0 new tokens have the vectors that they began with."""

@@ -18,7 +18,7 @@ from lora_diffusion import Adapter, AdapterFileError, AdapterStack, LayerAdapter
 from lora_diffusion.attachment import attach
 from lora_diffusion.formats.kohya import KOHYA
 from lora_diffusion.formats.peft_folder import save_peft_folder
-from lora_diffusion.methods import METHODS, Method, new_method
+from lora_diffusion.methods import METHODS, Method, new_method, written
 from lora_diffusion.methods.vera import VeRA
 from tests import tiny
 from tests.formats import random_adapters
@@ -164,7 +164,7 @@ def test_lycoris_merges_what_we_add(method: str, kind: str):
     layer = LAYERS[kind]().requires_grad_(requires_grad=False)
     adapter = filled(METHODS[method], layer)
     name = "down_blocks.0.layer"
-    tensors, _ = KOHYA.dump(Adapter("x", {"unet": {name: adapter}}))
+    tensors, _ = KOHYA.dump(Adapter("x", {"unet": written({name: adapter})}))
     stem = "lora_unet_down_blocks_0_layer"
     theirs = make_module(*get_module(tensors, stem), stem, layer)
     if method == "loha":  # its merge multiplies by alpha / rank twice; its forward, once

@@ -88,12 +88,16 @@ def test_norms_go_on_and_off() -> None:
 def test_it_trains_from_a_configuration_over_nf4_and_draws_what_it_learned(tmp_path: Path, method: str) -> None:
     given = settings(tmp_path, lr=3e-2, up_ratio=4.0)
     given["adapter"] |= {"method": method, "rslora": True}
+    if method == "lokr":
+        given["adapter"]["settings"] = {"factor": 2}
     result = train(TrainConfig.parse(given))
     assert result.backbone_unchanged
     assert result.adapter is not None
     adapter = load_adapter(result.adapter)
     assert adapter.methods == {method}
     assert adapter.spelling == ("diffusers" if method == "dora" else "kohya")
+    if method == "lokr":
+        assert {layer.tensors["w1"].shape for *_, layer in adapter} == {(2, 2)}
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "base")
     plain = tiny.picture(pipe)
     with AdapterStack(pipe) as stack:
@@ -110,6 +114,16 @@ def test_settings_that_a_method_has_not_are_refused() -> None:
         new_method("oft", rank=4, rslora=True)
     with pytest.raises(ConfigError, match="no rank axis"):
         attach(tiny.unet(), new_method("loha", rank=4), dropout=0.1)
+
+
+def test_a_methods_own_settings_are_checked_by_name_and_type(tmp_path: Path) -> None:
+    assert new_method("oft", {"stages": 3}, rank=4) == new_method("oft", rank=4, stages=3)
+    with pytest.raises(ConfigError, match=r"lora.*no setting 'factor'.*'rank'"):
+        new_method("lora", {"factor": 3})
+    with pytest.raises(ConfigError, match=r"lokr.*factor = 'x': input should be a valid integer"):
+        new_method("lokr", {"factor": "x"})
+    with pytest.raises(ConfigError, match=r"^vera: rank 256 and seed -1"):
+        new_method("vera", {"seed": -1})
 
 
 def test_rslora_is_kept_as_an_alpha() -> None:
