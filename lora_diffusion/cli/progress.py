@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lora_diffusion.inspection.report import write_report
 from lora_diffusion.quickstart import Plan, Shown, show
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loop import train
@@ -104,6 +105,8 @@ def show_training(config: TrainConfig) -> TrainResult:
         f"{result.adapter}: {result.parameters:,} parameters, {_size(result.adapter)}; "
         f"held-out loss {result.heldout_base:.4f} -> {result.heldout_adapter:.4f}; {unchanged}"
     )
+    report, verdict = write_report(config, result)
+    say(f"{verdict}\n{report}")
     return result
 
 

@@ -30,8 +30,11 @@ from lora_diffusion.training.sections import (
     DataConfig,
     LoopConfig,
     LossConfig,
+    PriorConfig,
     Section,
+    TextConfig,
     TimesConfig,
+    WatchConfig,
 )
 
 
@@ -48,6 +51,9 @@ class TrainConfig(Section):
     backbone: BackboneConfig = Field(default_factory=BackboneConfig.model_construct)
     loss: LossConfig = Field(default_factory=LossConfig.model_construct)
     times: TimesConfig = Field(default_factory=TimesConfig.model_construct)
+    prior: PriorConfig = Field(default_factory=PriorConfig.model_construct)
+    text: TextConfig = Field(default_factory=TextConfig.model_construct)
+    watch: WatchConfig = Field(default_factory=WatchConfig.model_construct)
     train: LoopConfig = Field(default_factory=LoopConfig.model_construct)
 
     @model_validator(mode="before")
@@ -56,9 +62,13 @@ class TrainConfig(Section):
         return with_recipe(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
-    def _fits_the_recipe(self) -> TrainConfig:
+    def _fits_together(self) -> TrainConfig:
         if self.recipe in NEEDS_TRIGGER and not self.data.trigger:
             raise ValueError(f"recipe {self.recipe!r} needs data.trigger, the word that calls what is learned")
+        if fault := _fault_of(self.prior, self.data):
+            raise ValueError(fault)
+        if self.watch.every and not self.watch.prompts:
+            raise ValueError("watch.every draws watch.prompts, and there are none")
         return self
 
     @classmethod
@@ -89,6 +99,20 @@ class TrainConfig(Section):
         for assignment in assignments:
             override(settings, assignment)
         return self.parse(settings)
+
+
+def _fault_of(prior: PriorConfig, data: DataConfig) -> str | None:
+    """What a prior lacks to work with."""
+    if prior.kind == "teacher" and not (data.trigger and prior.subject):
+        return (
+            "prior.kind = 'teacher' needs data.trigger, the new word, and prior.subject, what it is one of (such as"
+            " 'person'), to say in its place"
+        )
+    if prior.kind == "pictures" and not (prior.subject or prior.folder):
+        return "prior.kind = 'pictures' needs prior.folder, or prior.subject for the base to draw"
+    if prior.kind == "none" and (prior.subject or prior.folder):
+        return "prior.subject and prior.folder do nothing while prior.kind is 'none'"
+    return None
 
 
 def default_settings() -> dict[str, Any]:

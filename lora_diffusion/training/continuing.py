@@ -5,7 +5,6 @@ Unlike resuming, nothing of the earlier run is taken over but its tensors; the o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
@@ -14,6 +13,7 @@ from lora_diffusion.errors import AdapterMismatchError, ConfigError, some
 from lora_diffusion.fitting import fit
 from lora_diffusion.formats.files import load_adapter
 from lora_diffusion.training.sections import AdapterConfig
+from lora_diffusion.training.trained import Trained
 
 
 def check_start(settings: AdapterConfig) -> None:
@@ -25,12 +25,13 @@ def check_start(settings: AdapterConfig) -> None:
         )
 
 
-def continue_from(path: Path, attachments: Sequence[Attachment]) -> str:
+def continue_from(path: Path, trained: Trained) -> str:
     """Copy the file's tensors into fresh slots, names in any spelling; its content hash.
 
-    AdapterMismatchError unless it has the same layers as the run, each with the same method, shapes and alpha.
+    AdapterMismatchError unless it has the same layers as the run, each with the same method, shapes and alpha, and
+    the same tokens.
     """
-    adapter = load_adapter(path)
+    adapter, attachments = load_adapter(path), trained.attachments
     models = {attachment.component: attachment.model for attachment in attachments}
     if others := sorted({*adapter.layers} - models.keys()):
         raise AdapterMismatchError(f"{path} has layers of {some(others)}, and this run trains {some(sorted(models))}")
@@ -42,6 +43,12 @@ def continue_from(path: Path, attachments: Sequence[Attachment]) -> str:
     for attachment in attachments:
         _check_alphas(path, placed.get(attachment.component, {}), attachment)
         attachment.load(Adapter(adapter.name, placed))
+    if trained.words:
+        trained.words.load(adapter.embeddings, str(path))
+    elif adapter.embeddings:
+        raise AdapterMismatchError(
+            f"{path} has the tokens {some(sorted(adapter.embeddings))}; name them in text.tokens"
+        )
     return adapter.content_hash
 
 

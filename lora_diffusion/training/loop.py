@@ -12,17 +12,14 @@ import math
 import time
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_diffusion.attachment import Attachment
 from lora_diffusion.errors import ConfigError, LoraDiffusionError, some
 from lora_diffusion.families import Family, family_of
 from lora_diffusion.pipelines import Opened, load_pipeline
 from lora_diffusion.quantize import fingerprint
-from lora_diffusion.training.adapting import attach_for, format_for
+from lora_diffusion.training.adapting import attach_for, encoders_for, format_for, words_for
 from lora_diffusion.training.averaging import Average
-from lora_diffusion.training.batches import Batch, Batches, generator_for
 from lora_diffusion.training.checkpoints import (
     Checkpoint,
     check_settings,
@@ -32,21 +29,23 @@ from lora_diffusion.training.checkpoints import (
 )
 from lora_diffusion.training.config import TrainConfig, default_settings
 from lora_diffusion.training.continuing import continue_from
-from lora_diffusion.training.finishing import finish
+from lora_diffusion.training.finishing import finish, save_best
 from lora_diffusion.training.interruption import Interruption
-from lora_diffusion.training.loss import MSE, Loss, loss_for
-from lora_diffusion.training.objective import Objective, losses, objective_for
+from lora_diffusion.training.judging import Judge, mean
 from lora_diffusion.training.optimizers import optimizer_for, restore, state_of
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
 from lora_diffusion.training.rates import rate
 from lora_diffusion.training.recipes import steps_for
 from lora_diffusion.training.results import DivergedError, Listener, Progress, TrainResult
+from lora_diffusion.training.sections import WatchConfig
+from lora_diffusion.training.trained import Trained
+from lora_diffusion.training.watching import Painter
 
 SHOWN_BATCHES = 8  # what a start from the data is taken from
-HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
 _FREE = frozenset(  # may change on resuming; of `init_from` the content is compared
     {"train.checkpoint_every", "train.checkpointing", "output", "name", "data.skip_bad", "adapter.init_from"}
+    | {f"watch.{name}" for name in WatchConfig.model_fields}
 )
 
 
@@ -81,20 +80,22 @@ class Run:
     ) -> None:
         self.config, self.opened, self.family, self.processes = config, opened, family, processes
         self.denoiser: nn.Module = getattr(opened.pipe, family.denoiser)
-        self.objective: Objective = objective_for(family, opened.pipe.scheduler, config.times)
-        self.loss = loss_for(config.loss, self.objective.schedule)
+        self.judge = Judge(config, opened, family, prepared)
         self.data, self.heldout = prepared.training, prepared.heldout
+        if config.watch.measure_every and not self.heldout.items:
+            raise ConfigError("watch.measure_every measures on held-out pictures, and data.heldout leaves none")
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
-        self.attachment = self._attach()
+        self.trained = self.judge.trained = self._attach()
         self.start = self._begin()
         if config.train.checkpointing:
             turn_on_checkpointing(self.denoiser)
-        self.format = format_for(self.attachment, config.adapter.format)
-        groups = self.attachment.groups(config.train.lr, config.train.up_ratio)
-        self.optimizer = optimizer_for(config.train, groups)
-        self.average = None if config.train.ema is None else Average(self.attachment, config.train.ema)
-        self.step, self.losses = 0, list[float]()
+        self.format = format_for(self.trained, config.adapter.format)
+        self.optimizer = optimizer_for(config.train, self.trained.groups(config))
+        self.average = None if config.train.ema is None else Average(self.trained, config.train.ema)
+        self.step, self.losses, self.measured = 0, list[float](), list[tuple[int, float]]()
+        parts = ("vae",) if config.text.live else ("vae", *family.text_encoders)
+        self.painter = Painter(config, opened.pipe, parts, opened.device)
         self.checkpoints = config.output / "checkpoints"
         self._resume()
 
@@ -106,25 +107,33 @@ class Run:
                 self.losses.append(self._one_step())
                 self.step += 1
                 listen(Progress("train", self.step, total, self.losses[-1]))
+                self._watch()
                 if self.step % self.config.train.checkpoint_every == 0 or self.step == total or interruption.asked:
                     self._save()
         seconds = time.monotonic() - start
         return finish(self, seconds, listen) if self.step >= total else self._stopped(seconds)
 
-    def _attach(self) -> Attachment:
+    def _attach(self) -> Trained:
         def show() -> None:
             for index in range(SHOWN_BATCHES):
-                self._loss(self.data.draw(index), index)
+                next(self.judge.parts(self.data.draw(index), index))
 
-        return attach_for(self.config, self.denoiser, self.family.denoiser, show)
+        denoiser = attach_for(self.config, self.denoiser, self.family.denoiser, show)
+        told = self.config, self.opened.pipe, self.family
+        try:
+            words = words_for(*told, self.data.texts)  # before encoders are wrapped, whose tables it lengthens
+            return Trained(denoiser, encoders_for(*told), words)
+        except LoraDiffusionError:
+            denoiser.detach()
+            raise
 
     def _begin(self) -> str | None:
         """The content hash of the file that is gone on from."""
         path = self.config.adapter.init_from
         try:
-            return None if path is None else continue_from(path, [self.attachment])
+            return None if path is None else continue_from(path, self.trained)
         except LoraDiffusionError:
-            self.attachment.detach()
+            self.trained.detach()
             raise
 
     def _one_step(self) -> float:
@@ -136,58 +145,42 @@ class Run:
         for part in range(settings.accumulate):
             index = (self.step * ranks + self.processes.index) * settings.accumulate + part
             batch = self.data.draw(index)
-            loss = self._loss(batch, index) / settings.accumulate
-            loss.backward()
-            total, names = total + loss.item(), [*names, *batch.names]
-        if course := self.attachment.course:
+            for loss in self.judge.parts(batch, index):
+                (loss / settings.accumulate).backward()
+                total += loss.item() / settings.accumulate
+            names += batch.names
+        if course := self.trained.course:
             course.penalty().backward()
         total = self.processes.mean(total)
-        self.processes.average_gradients(self.attachment.parameters())
-        norm = nn.utils.clip_grad_norm_(self.attachment.parameters(), settings.clip)
+        self.processes.average_gradients(self.trained.parameters())
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), settings.clip)
         if not (math.isfinite(total) and math.isfinite(norm.item())):
             raise DivergedError(self._diverged(total, norm.item(), names))
         self.optimizer.step()
         if course:
             course.after(self.step + 1)
         if self.config.adapter.max_norm is not None:
-            self.attachment.cap(self.config.adapter.max_norm)
+            self.trained.cap(self.config.adapter.max_norm)
         if self.average:
             self.average.update(self.step + 1)
         return total
 
-    def _loss(self, batch: Batch, index: int) -> Tensor:
-        generator = generator_for(self.config.train.seed, "noise", index)
-        torch.manual_seed(generator.initial_seed())  # dropout masks
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        times = self.objective.draw(len(batch.latents), generator)
-        return self._losses(batch, noise, times, self.loss).mean()
-
-    def _losses(self, batch: Batch, noise: Tensor, times: Tensor, loss: Loss = MSE) -> Tensor:
-        place: dict[str, Any] = {"device": self.opened.device, "dtype": self.opened.dtype}
-        conditioning = {name: value.to(**place) for name, value in batch.conditioning.items()}
-        latents, noise = batch.latents.to(**place), noise.to(**place)
-        masks = None if batch.masks is None else batch.masks.to(self.opened.device)
-        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
-
-    @torch.no_grad()
-    def measure(self, batches: Batches) -> float:
-        """Mean loss over all items at `HELDOUT_BANDS` fixed times, with noise that depends on the place alone."""
-        for slot in self.attachment.slots.values():
-            slot.eval()
-        sums, count = 0.0, 0
-        for place, batch in enumerate(batches.in_order()):
-            for band, time_ in enumerate(self.objective.grid(HELDOUT_BANDS)):
-                noise = torch.randn(batch.latents.shape, generator=generator_for(0, "heldout", place, band))
-                sums += self._losses(batch, noise, time_.repeat(len(batch.latents))).sum().item()
-                count += len(batch.latents)
-        for slot in self.attachment.slots.values():
-            slot.train()
-        return sums / count if count else math.nan
+    def _watch(self) -> None:
+        """Measure and draw, at the steps for it."""
+        watch = self.config.watch
+        if watch.measure_every and self.step % watch.measure_every == 0:
+            loss = mean(self.judge.bands(self.heldout))
+            if loss < min((before for _, before in self.measured), default=math.inf) and self.processes.index == 0:
+                save_best(self, loss)
+            self.measured.append((self.step, loss))
+        if watch.every and self.step % watch.every == 0 and self.processes.index == 0:
+            self.painter.at_step(self.trained, self.step)
 
     def _save(self) -> None:
         if self.processes.index == 0:
             state, average = state_of(self.optimizer), self.average.tensors if self.average else {}
-            whole = Checkpoint(self.step, self.attachment.state(), state, self._settings(), self.losses, average)
+            held = self.trained.state()
+            whole = Checkpoint(self.step, held, state, self._settings(), self.losses, average, self.measured)
             save_checkpoint(self.checkpoints, whole)
         self.processes.wait()
 
@@ -197,18 +190,18 @@ class Run:
             return
         checkpoint = load_checkpoint(found[-1])
         check_settings(checkpoint.settings, self._settings(), _FREE, found[-1], default_settings())
-        self.attachment.restore(checkpoint.parameters)
+        self.trained.restore(checkpoint.parameters)
         if self.average:
             self.average.restore(checkpoint.average)
         restore(self.optimizer, checkpoint.optimizer)
-        self.step, self.losses = checkpoint.step, checkpoint.losses
+        self.step, self.losses, self.measured = checkpoint.step, checkpoint.losses, checkpoint.measured
 
     def _settings(self) -> dict[str, Any]:
         made_of = {"pictures": self.prepared.digest, "backbone": self.before, "start": self.start}
         return self.config.model_dump(mode="json") | made_of
 
     def _stopped(self, seconds: float) -> TrainResult:
-        self.attachment.detach()
+        self.trained.detach()
         unchanged = fingerprint(self.denoiser) == self.before
         return TrainResult(None, self.step, seconds, self.losses, backbone_unchanged=unchanged)
 

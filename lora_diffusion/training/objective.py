@@ -157,7 +157,21 @@ def losses(
 ) -> Tensor:
     """Mean error of each picture, (n,) float32; with `masks` (n, 1, h, w) the mean weighted by them."""
     noisy, target = objective.noised(latents, noise, times)
-    answer = family.predict(denoiser, noisy, times.to(latents.device), conditioning)
+    return towards(target, family, denoiser, noisy, conditioning, times, loss, masks)
+
+
+def towards(
+    target: Tensor,
+    family: Family,
+    denoiser: nn.Module,
+    noisy: Tensor,
+    conditioning: Conditioning,
+    times: Tensor,
+    loss: Loss = MSE,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """Mean error of the denoiser's answer from `target` (n, channels, h, w), (n,) float32, weighted as in `losses`."""
+    answer = family.predict(denoiser, noisy, times.to(noisy.device), conditioning)
     error = loss.errors(answer.float(), target.float(), times)
     if masks is None:
         return error.flatten(1).mean(1)

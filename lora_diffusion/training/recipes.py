@@ -22,6 +22,7 @@ RECIPES: dict[str, Settings] = {
         "data": {"caption_dropout": 0.0, "flip": False},
         "adapter": {"targets": "attention", "rank": 8},
         "times": {"emphasis": 0.0},
+        "prior": {"kind": "teacher", "weight": 1.0},
         "train": {"batch": 2, "exposures": 200, "steps": 2000},
     },
 }

@@ -41,6 +41,21 @@ class TrainResult:
     backbone_unchanged: bool = True
     parameters: int = 0
     report: QuantizationReport | None = field(default=None, repr=False)
+    bands_base: list[float] = field(default_factory=list[float], repr=False)
+    """Held-out losses by time, clean to noisy."""
+    bands_adapter: list[float] = field(default_factory=list[float], repr=False)
+    measured: list[tuple[int, float]] = field(
+        default_factory=list[tuple[int, float]], repr=False
+    )  # step, held-out loss
+    weights: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]], repr=False)
+    """Component -> layer -> ‖W‖ of the frozen weights that were adapted."""
+    previews: list[Path] = field(default_factory=list[Path], repr=False)  # in the order they were drawn
+    memory: int = 0  # bytes at the peak: of the GPU where there is one, else of this process
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss where the held-out loss was lowest, of those that were measured on the way."""
+        return min(self.measured, key=lambda one: one[1], default=None)
 
     @property
     def interrupted(self) -> bool:

@@ -16,6 +16,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class FolderConfig(Section):
+    """One more folder of pictures."""
+
+    folder: Path
+    weight: float = Field(1.0, gt=0)
+    """How often its pictures are seen, over those of `data.folder`."""
+    repeats: int = Field(1, ge=1)
+
+
 class DataConfig(Section):
     """Pictures and captions."""
 
@@ -31,6 +40,26 @@ class DataConfig(Section):
     """Put in front of every caption."""
     caption_dropout: float = Field(0.05, ge=0, le=1)
     """Probability of training a picture without caption (keeps classifier-free guidance working)."""
+    folders: list[FolderConfig] = Field(default_factory=list)
+    """Further folders, each with a weight and repeats: `[[data.folders]]`."""
+    resolutions: list[int] = Field(default_factory=list)
+    """Further resolutions: every picture is trained at each."""
+    max_aspect: float = Field(2.0, ge=1)
+    """Longest side over shortest of a bucket."""
+    crop: Literal["centre", "random"] = "centre"
+    """Where a picture is cut that is longer than its bucket."""
+    crops: int = Field(1, ge=1)
+    """Cuts of each picture, where they are random."""
+    caption_from: Literal["files", "filename"] = "files"
+    """Caption files and metadata, or the name of the picture."""
+    fallback_caption: str | None = None
+    """For pictures without a caption, which are an error otherwise."""
+    shuffle: bool = False
+    """Tags between commas come in `caption_variants` different orders."""
+    keep_tokens: int = Field(0, ge=0)
+    """So many tags stay in front when shuffled."""
+    caption_variants: int = Field(4, ge=1)
+    """Orders that are encoded and cached of each caption."""
     flip: bool = False
     """Mirror half of the pictures."""
     skip_bad: bool = False
@@ -111,6 +140,69 @@ class TimesConfig(Section):
     """Above 0 more of the low noise that makes the look, below 0 more of the high noise that makes the layout."""
     shift: float | None = Field(None, gt=0)
     """Above 1 moves times to the noisy end; None: the base's own shift."""
+
+
+class PriorConfig(Section):
+    """Keeping what the base knows of a class of things while one of them is learned."""
+
+    kind: Literal["none", "teacher", "pictures"] = "none"
+    """teacher: what the base says to the same pictures under the class's name; pictures: of the class, or drawn."""
+    weight: float = Field(1.0, gt=0)
+    """Of the second loss (arXiv 2208.12242 has 1)."""
+    subject: str = ""
+    """What the trigger is one of, such as "person"; also what the base draws and class pictures are captioned."""
+    folder: Path | None = None
+    """Pictures of the class; None: the base draws them once, into OUTPUT/class-pictures."""
+    pictures: int = Field(100, ge=1)
+    """How many the base draws."""
+    steps: int = Field(30, ge=1)
+    """Denoising steps of each."""
+    guidance: float = Field(5.0, ge=0)
+
+
+class TextConfig(Section):
+    """What is trained of text encoders. Captions are then encoded at every step, and nothing of them is cached."""
+
+    train: list[str] = Field(default_factory=list)
+    """Components that get adapters too, such as ["text_encoder"]; the method is the adapter's."""
+    lr: float = Field(1e-5, gt=0)
+    """Of these adapters (kohya's SDXL guide)."""
+    rank: int | None = Field(None, ge=1)
+    """None: the adapter's rank; likewise alpha."""
+    alpha: float | None = None
+    targets: str | list[str] = "attention"
+    tokens: dict[str, str] = Field(default_factory=dict)
+    """New tokens and the word each begins as, such as {"<kiki>" = "cat"}; they are saved inside the adapter."""
+    token_vectors: int = Field(1, ge=1, le=64)
+    """Vectors of each."""
+    token_lr: float = Field(3e-4, gt=0)
+    """Of these vectors (cog-sdxl's `ti_lr`)."""
+
+    @property
+    def live(self) -> bool:
+        """Whether text encoders are needed while training."""
+        return bool(self.train or self.tokens)
+
+
+class WatchConfig(Section):
+    """What is looked at while training. None of it changes what is trained."""
+
+    measure_every: int | None = Field(None, ge=1)
+    """Steps between held-out losses; the best state is kept as NAME-best.safetensors. None: at the end alone."""
+    every: int | None = Field(None, ge=1)
+    """Steps between pictures; None: at the end alone."""
+    prompts: list[str] = Field(default_factory=list)
+    """What is drawn; none: nothing."""
+    pictures: int = Field(4, ge=1)
+    """Of each prompt, with the seeds `seed`, `seed` + 1, …"""
+    weights: list[float] = [0.0, 0.5, 1.0]
+    """Of the adapter, in the grid at the end."""
+    seed: int = 0
+    steps: int = Field(20, ge=1)
+    """Denoising steps."""
+    guidance: float = Field(5.0, ge=0)
+    size: int | None = Field(None, ge=16, multiple_of=8)
+    """Pixels; None: `data.resolution`."""
 
 
 class LoopConfig(Section):

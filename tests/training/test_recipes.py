@@ -15,13 +15,15 @@ from lora_diffusion.training.recipes import RECIPES, steps_for
 from tests.training.pictures import settings
 
 GIVEN: dict[str, Any] = {"name": "x", "base": "b", "output": "o", "data": {"folder": "f", "trigger": "sks"}}
+CLASS = {"prior": {"subject": "dog"}}
 
 
 def test_recipes_differ_and_what_is_said_wins_over_them() -> None:
-    style, character = (TrainConfig.parse(GIVEN | {"recipe": name}) for name in RECIPES)
+    style = TrainConfig.parse(GIVEN | {"recipe": "style"})
+    character = TrainConfig.parse(GIVEN | {"recipe": "character"} | CLASS)
     assert (style.adapter.targets, style.adapter.rank, style.data.flip) == ("attention+ff", 16, True)
     assert (character.adapter.targets, character.adapter.rank, character.data.flip) == ("attention", 8, False)
-    said = TrainConfig.parse(GIVEN | {"recipe": "character", "adapter": {"rank": 32}, "train": {"steps": 9}})
+    said = TrainConfig.parse(GIVEN | CLASS | {"recipe": "character", "adapter": {"rank": 32}, "train": {"steps": 9}})
     assert (said.adapter.rank, said.adapter.targets) == (32, "attention")
     assert (said.train.steps, said.train.exposures) == (9, None)
     assert TrainConfig.parse(GIVEN).train.exposures is None
@@ -35,6 +37,8 @@ def test_a_recipe_holds_through_a_change_and_a_character_needs_a_word() -> None:
     }
     with pytest.raises(ConfigError, match=r"recipe 'character' needs data\.trigger"):
         TrainConfig.parse(GIVEN | {"recipe": "character", "data": {"folder": "f"}})
+    with pytest.raises(ConfigError, match=r"prior\.subject, what it is one of"):
+        TrainConfig.parse(GIVEN | {"recipe": "character"})
     with pytest.raises(ConfigError, match="recipe = 'stile'"):
         TrainConfig.parse(GIVEN | {"recipe": "stile"})
 
