@@ -62,6 +62,7 @@ METHODS: Registry[type[Method]] = Registry(
         "lora": "lora_diffusion.methods.lora:LoRA",
         "dora": "lora_diffusion.methods.dora:DoRA",
         "adalora": "lora_diffusion.methods.adalora:AdaLoRA",
+        "tlora": "lora_diffusion.methods.tlora:TLoRA",
         "locon": "lora_diffusion.methods.locon:LoCon",
         "loha": "lora_diffusion.methods.loha:LoHa",
         "lokr": "lora_diffusion.methods.lokr:LoKr",
@@ -79,8 +80,8 @@ class Course(Protocol):
     """What a method does beside the optimiser while it is trained, such as giving out ranks.
 
     A method has one by defining `course(layers, steps)`, `layers` being the trained tensors of each layer by their
-    names. (A method may also define `spanning(layers)`, `frozen`, and, for tensors that files hold in another form,
-    `written(adapter, whole=…)` and its reverse `resumed(written, fresh)`: see VeRA, LoRA and AdaLoRA.)
+    names. (A method may also define `spanning(layers)`, `frozen`, `fading`, and, for tensors that files hold in another
+    form, `written(adapter, whole=…)` and its reverse `resumed(written, fresh)`: see VeRA, LoRA, T-LoRA and AdaLoRA.)
     """
 
     def penalty(self) -> Tensor:

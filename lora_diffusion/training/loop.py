@@ -186,6 +186,7 @@ class Run:
         place: dict[str, Any] = {"device": self.opened.device, "dtype": self.opened.dtype}
         conditioning = {name: value.to(**place) for name, value in batch.conditioning.items()}
         latents, noise = batch.latents.to(**place), noise.to(**place)
+        self.attachment.at(times if self.objective.schedule is None else times / len(self.objective.schedule[0]))
         masks = None if batch.masks is None else batch.masks.to(self.opened.device)
         return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
 
