@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lora_diffusion.inspection.memory import MemoryPlan
 
-ROWS = ("weights", "adapter", "gradients", "optimizer", "activations", "peak")
+ROWS = ("weights", "adapter", "gradients", "optimizer", "average", "activations", "peak")
 
 
 def plan(

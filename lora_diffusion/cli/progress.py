@@ -21,8 +21,9 @@ from rich.table import Table
 
 from lora_diffusion.quickstart import Plan, Shown, show
 from lora_diffusion.training.config import TrainConfig
-from lora_diffusion.training.loop import Progress as Step
-from lora_diffusion.training.loop import TrainResult, train
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.results import Progress as Step
+from lora_diffusion.training.results import TrainResult
 
 STAGES = {"prepare": "encoding pictures", "train": "training", "measure": "measuring on held-out pictures"}
 EVERY = 15.0  # seconds between lines of text where there is no terminal

@@ -78,8 +78,9 @@ class _Live:
         if name in candidates or len(candidates) == 1:  # most files need no table of originals
             return Place((name if name in candidates else candidates[0],))
         found = [(c, Place((c,))) for c in candidates] or self._originals.get(same_layer(name), [])
-        if len(found) > 1:
-            raise AdapterMismatchError(f"{name!r} could be {found[0][0]!r} or {found[1][0]!r} of the model")
+        for other, place in found[1:]:
+            if place != found[0][1]:  # one layer may have several original names that flatten alike
+                raise AdapterMismatchError(f"{name!r} could be {found[0][0]!r} or {other!r} of the model")
         return found[0][1] if found else None
 
 

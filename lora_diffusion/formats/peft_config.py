@@ -26,7 +26,8 @@ METADATA_KEY = "lora_adapter_metadata"
 #: where `load_adapter` puts the text of a PEFT folder's `adapter_config.json`
 SIDECAR_KEY = "adapter_config.json"
 
-_LITERAL = re.compile(r"\^?[\w.\\-]+\$?")
+_LITERAL = re.compile(r"\^?(?:[\w.-]|\\\W)+\$?", re.ASCII)
+_ESCAPED = re.compile(r"\\(\W)", re.ASCII)
 _TAME = re.compile(r"[\w.\\|^$*+\[\]()?:-]{1,400}")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 
@@ -67,7 +68,7 @@ class _Pattern:
         for order, (key, value) in enumerate(cast("dict[str, object]", table or {}).items()):
             number = _number(value, key, where)
             if _LITERAL.fullmatch(key):
-                name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+                name = _ESCAPED.sub(r"\1", key.removeprefix("^").removesuffix("$"))
                 self._literal.setdefault((name, key.startswith("^")), (order, number))
             else:
                 self._others.append((order, _expression(key, where), number))

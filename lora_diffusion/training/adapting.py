@@ -19,7 +19,9 @@ from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.quantize import WeightFiles
 from lora_diffusion.targets import find_targets
 from lora_diffusion.training.batches import generator_for
-from lora_diffusion.training.config import AdapterConfig, TrainConfig
+from lora_diffusion.training.config import TrainConfig
+from lora_diffusion.training.continuing import check_start
+from lora_diffusion.training.sections import AdapterConfig
 
 _BY_OTHERS = ("loftq", "eva")  # starts that need more than the layer
 
@@ -30,6 +32,7 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
     ConfigError for settings that the method does not know.
     """
     settings = config.adapter
+    check_start(settings)
     named: dict[str, Any] = {"rank": settings.rank, "alpha": settings.alpha, "rslora": settings.rslora}
     init = None if settings.init in _BY_OTHERS else settings.init
     named |= {"init": init, "freeze_down": settings.freeze_down}

@@ -85,9 +85,14 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
 
 
-def check_settings(then: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str], where: Path) -> None:
-    """ConfigError where a setting that shapes the result differs from the checkpoint's."""
-    before, after = _flatten(then), _flatten(now)
+def check_settings(
+    then: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str], where: Path, defaults: Mapping[str, Any]
+) -> None:
+    """ConfigError where a setting that shapes the result differs from the checkpoint's.
+
+    A checkpoint of an earlier version lacks the settings that are new since: they had their `defaults` then.
+    """
+    before, after = _flatten(defaults) | _flatten(then), _flatten(now)
     changed = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -8,24 +8,19 @@ Interrupted, the same call goes on from the last checkpoint and ends with the sa
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.adapter import Adapter
 from lora_diffusion.attachment import Attachment
 from lora_diffusion.errors import ConfigError, LoraDiffusionError, some
 from lora_diffusion.families import Family, family_of
-from lora_diffusion.formats.files import save_adapter
-from lora_diffusion.pipelines import DTYPES, Opened, load_pipeline
-from lora_diffusion.quantize import QuantizationReport, fingerprint
+from lora_diffusion.pipelines import Opened, load_pipeline
+from lora_diffusion.quantize import fingerprint
 from lora_diffusion.training.adapting import attach_for, format_for
 from lora_diffusion.training.averaging import Average
 from lora_diffusion.training.batches import Batch, Batches, generator_for
@@ -36,56 +31,24 @@ from lora_diffusion.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from lora_diffusion.training.config import TrainConfig
+from lora_diffusion.training.config import TrainConfig, default_settings
+from lora_diffusion.training.continuing import continue_from
+from lora_diffusion.training.finishing import finish
 from lora_diffusion.training.interruption import Interruption
 from lora_diffusion.training.loss import MSE, Loss, loss_for
 from lora_diffusion.training.objective import Objective, losses, objective_for
+from lora_diffusion.training.optimizers import optimizer_for, restore, state_of
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
 from lora_diffusion.training.rates import rate
+from lora_diffusion.training.recipes import steps_for
+from lora_diffusion.training.results import DivergedError, Listener, Progress, TrainResult
 
 SHOWN_BATCHES = 8  # what a start from the data is taken from
 HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
-_FREE = frozenset(
-    {"train.checkpoint_every", "train.checkpointing", "output", "name", "data.skip_bad"}
-)  # may change on resuming
-
-
-class DivergedError(LoraDiffusionError, ArithmeticError):
-    """The loss or the gradients are no numbers any more."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a caller is told after each step. `stage` is "prepare", "measure" or "train"."""
-
-    stage: str
-    done: int
-    total: int
-    loss: float = math.nan
-
-
-Listener = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out. Losses are mean squared errors at fixed noise and times over the held-out pictures."""
-
-    adapter: Path | None  # None when interrupted
-    steps: int
-    seconds: float
-    losses: list[float] = field(repr=False)
-    heldout_base: float = math.nan
-    heldout_adapter: float = math.nan
-    backbone_unchanged: bool = True
-    parameters: int = 0
-    report: QuantizationReport | None = field(default=None, repr=False)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether it stopped early; the same call goes on."""
-        return self.adapter is None
+_FREE = frozenset(  # may change on resuming; of `init_from` the content is compared
+    {"train.checkpoint_every", "train.checkpointing", "output", "name", "data.skip_bad", "adapter.init_from"}
+)
 
 
 def train(config: TrainConfig, listen: Listener = lambda progress: None) -> TrainResult:
@@ -99,8 +62,16 @@ def train(config: TrainConfig, listen: Listener = lambda progress: None) -> Trai
     )
     family = family_of(opened.pipe)
     prepared = prepare(config, opened, family, lambda done, total: listen(Progress("prepare", done, total)))
-    run = Run(config, opened, family, prepared, processes)
+    run = Run(_settled(config, prepared, processes), opened, family, prepared, processes)
     return run.go(listen)
+
+
+def _settled(config: TrainConfig, prepared: Prepared, processes: Processes) -> TrainConfig:
+    """`config` with the number of steps that the pictures ask for."""
+    loop = config.train
+    seen = sum(item.share for item in prepared.training.items)
+    steps = steps_for(loop.steps, loop.exposures, seen, loop.batch * loop.accumulate * processes.count)
+    return config.model_copy(update={"train": loop.model_copy(update={"steps": steps})})
 
 
 class Run:
@@ -116,12 +87,15 @@ class Run:
         self.data, self.heldout = prepared.training, prepared.heldout
         self.prepared = prepared
         self.before = fingerprint(self.denoiser)
+        self.tell: Callable[[Tensor], None] = lambda noise: None  # what fades with it; starts run without slots
         self.attachment = self._attach()
+        self.tell = self.attachment.at
+        self.start = self._begin()
         if config.train.checkpointing:
             turn_on_checkpointing(self.denoiser)
         self.format = format_for(self.attachment, config.adapter.format)
         groups = self.attachment.groups(config.train.lr, config.train.up_ratio)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.train.lr, weight_decay=config.train.weight_decay)
+        self.optimizer = optimizer_for(config.train, groups)
         self.average = None if config.train.ema is None else Average(self.attachment, config.train.ema)
         self.step, self.losses = 0, list[float]()
         self.checkpoints = config.output / "checkpoints"
@@ -138,7 +112,7 @@ class Run:
                 if self.step % self.config.train.checkpoint_every == 0 or self.step == total or interruption.asked:
                     self._save()
         seconds = time.monotonic() - start
-        return self._finish(seconds, listen) if self.step >= total else self._stopped(seconds)
+        return finish(self, seconds, listen) if self.step >= total else self._stopped(seconds)
 
     def _attach(self) -> Attachment:
         def show() -> None:
@@ -146,6 +120,15 @@ class Run:
                 self._loss(self.data.draw(index), index)
 
         return attach_for(self.config, self.denoiser, self.family.denoiser, show)
+
+    def _begin(self) -> str | None:
+        """The content hash of the file that is gone on from."""
+        path = self.config.adapter.init_from
+        try:
+            return None if path is None else continue_from(path, [self.attachment])
+        except LoraDiffusionError:
+            self.attachment.detach()
+            raise
 
     def _one_step(self) -> float:
         settings, ranks = self.config.train, self.processes.count
@@ -186,7 +169,7 @@ class Run:
         place: dict[str, Any] = {"device": self.opened.device, "dtype": self.opened.dtype}
         conditioning = {name: value.to(**place) for name, value in batch.conditioning.items()}
         latents, noise = batch.latents.to(**place), noise.to(**place)
-        self.attachment.at(times if self.objective.schedule is None else times / len(self.objective.schedule[0]))
+        self.tell(times if self.objective.schedule is None else times / len(self.objective.schedule[0]))
         masks = None if batch.masks is None else batch.masks.to(self.opened.device)
         return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
 
@@ -207,9 +190,8 @@ class Run:
 
     def _save(self) -> None:
         if self.processes.index == 0:
-            state, average = self.optimizer.state_dict(), self.average.tensors if self.average else {}
-            adapter = self.attachment.state()
-            whole = Checkpoint(self.step, adapter, state, self._settings(), self.losses, average)
+            state, average = state_of(self.optimizer), self.average.tensors if self.average else {}
+            whole = Checkpoint(self.step, self.attachment.state(), state, self._settings(), self.losses, average)
             save_checkpoint(self.checkpoints, whole)
         self.processes.wait()
 
@@ -218,73 +200,21 @@ class Run:
         if not found:
             return
         checkpoint = load_checkpoint(found[-1])
-        check_settings(checkpoint.settings, self._settings(), _FREE, found[-1])
+        check_settings(checkpoint.settings, self._settings(), _FREE, found[-1], default_settings())
         self.attachment.restore(checkpoint.parameters)
         if self.average:
             self.average.restore(checkpoint.average)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        restore(self.optimizer, checkpoint.optimizer)
         self.step, self.losses = checkpoint.step, checkpoint.losses
 
     def _settings(self) -> dict[str, Any]:
-        return {**self.config.model_dump(mode="json"), "pictures": self.prepared.digest, "backbone": self.before}
-
-    def _finish(self, seconds: float, listen: Listener) -> TrainResult:
-        name, cap = self.config.name, self.config.adapter.max_norm
-        beside = self.average is not None and self.config.train.ema_saved == "beside"
-        if self.average and not beside:
-            self.average.put_in(cap)
-        self.attachment.weigh(0.0)
-        listen(Progress("measure", 0, 2))
-        base = self.measure(self.heldout)
-        self.attachment.weigh(1.0)
-        listen(Progress("measure", 1, 2))
-        made = [self._measured(name)]
-        if self.average and beside:
-            self.average.put_in(cap)
-            made.append(self._measured(f"{name}-ema"))
-        listen(Progress("measure", 2, 2))
-        self.attachment.detach()
-        unchanged = fingerprint(self.denoiser) == self.before
-        if self.processes.index == 0:
-            for adapter, loss in made:
-                path, said = self._path(adapter), self._metadata(adapter.name, base, loss)
-                save_adapter(adapter, path, format=self.format, overwrite=True, metadata=said)
-        self.processes.wait()
-        (adapter, trained), report = made[0], self.opened.report
-        return TrainResult(
-            self._path(adapter), self.step, seconds, self.losses, base, trained, unchanged, adapter.parameters, report
-        )
-
-    def _measured(self, name: str) -> tuple[Adapter, float]:
-        """The adapter as it is now, and its held-out loss."""
-        loss = self.measure(self.heldout)
-        return self.attachment.adapter(name, dtype=DTYPES[self.config.adapter.save_dtype]), loss
-
-    def _path(self, adapter: Adapter) -> Path:
-        return self.config.output / f"{adapter.name}.safetensors"
+        made_of = {"pictures": self.prepared.digest, "backbone": self.before, "start": self.start}
+        return self.config.model_dump(mode="json") | made_of
 
     def _stopped(self, seconds: float) -> TrainResult:
         self.attachment.detach()
         unchanged = fingerprint(self.denoiser) == self.before
         return TrainResult(None, self.step, seconds, self.losses, backbone_unchanged=unchanged)
-
-    def _metadata(self, title: str, base: float, trained: float) -> dict[str, str]:
-        config = self.config.model_dump(mode="json", exclude={"output", "base"})
-        facts = {
-            "base": Path(self.config.base).name,
-            "base_precision": self.config.backbone.precision,
-            "base_sha256": self.before,
-            "family": self.family.name,
-            "heldout_loss_base": base,
-            "heldout_loss_adapter": trained,
-            "pictures": len(self.data.items),
-            "settings": {**config, "data": {"resolution": self.config.data.resolution}},
-        }
-        return {
-            "lora_diffusion": json.dumps(facts, sort_keys=True),
-            "modelspec.title": title,
-            "modelspec.trigger_phrase": self.config.data.trigger,
-        }
 
     def _diverged(self, loss: float, norm: float, names: list[str]) -> str:
         kept = find_checkpoints(self.checkpoints)

@@ -23,7 +23,8 @@ from lora_diffusion.families import Family
 from lora_diffusion.pipelines import Opened
 from lora_diffusion.quantize import fingerprint
 from lora_diffusion.training.batches import Batches, Item, generator_for
-from lora_diffusion.training.config import DataConfig, TrainConfig
+from lora_diffusion.training.config import TrainConfig
+from lora_diffusion.training.sections import DataConfig
 
 Count = Callable[[int, int], None]  # done, total
 

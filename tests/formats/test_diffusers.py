@@ -107,9 +107,34 @@ def test_flattened_names_are_refused():
 def test_patterns_match_as_in_peft():
     from peft.utils.other import get_pattern_key
 
-    table = {"^a.b": 1.0, "a.b": 2.0, r"x\.b": 3.0, "blocks.1.*": 4.0, "b$": 5.0, "[cd]": 6.0}
+    table = {
+        "^a.b": 1.0,
+        "a.b": 2.0,
+        r"x\.b": 3.0,
+        "blocks.1.*": 4.0,
+        "b$": 5.0,
+        "[cd]": 6.0,
+        r"f\.\d": 7.0,
+        r"g\.2\-1": 8.0,
+    }
     scales = Scales({"r": 1, "lora_alpha": 9.0, "alpha_pattern": table}, "test")
-    for name in ("a.b", "z.a.b", "x.b", "q.x.b", "blocks.1.q", "q.blocks.1.q.r", "b", "zb", "d", "e.c", "none"):
+    for name in (
+        "a.b",
+        "z.a.b",
+        "x.b",
+        "q.x.b",
+        "blocks.1.q",
+        "q.blocks.1.q.r",
+        "b",
+        "zb",
+        "d",
+        "e.c",
+        "f.3",
+        "q.f.3",
+        "f.d",
+        "g.2-1",
+        "none",
+    ):
         assert scales.alpha(name, 1) == table.get(get_pattern_key(table.keys(), name), 9.0), name
 
 

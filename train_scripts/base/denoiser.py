@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 TOKENS = 24  # model_max_length: the longest caption has 17
 VOCABULARY = 4000
+STEPS, GUIDANCE = 20, 1.3  # the gate's, and the contact sheet's: more guidance widens the latents, and colours drift
 WIDTH = 128  # of the text encoder, and so of the cross-attention
 
 
