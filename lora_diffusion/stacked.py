@@ -13,7 +13,7 @@ from lora_diffusion.fitting import Site
 from lora_diffusion.gates import Resolved, Weight
 from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Pair, Part
-from lora_diffusion.methods import METHODS
+from lora_diffusion.methods import METHODS, is_dense
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Stacked:
                 down, up = part.down.double().flatten(1), part.up.double().reshape(-1, part.rank)
                 square = float(((up.t() @ up) * (down @ down.t())).sum())
                 self.norms[site] = abs(part.scale) * math.sqrt(max(0.0, square))
+            elif not is_dense(self.layers[site].method):
+                self.norms[site] = 0.0  # it has none, and `balance` leaves it as it is
             else:
                 adapter = self.layers[site]
                 self.norms[site] = float(METHODS[adapter.method].delta(adapter, layer).double().norm())
