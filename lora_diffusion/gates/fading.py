@@ -25,9 +25,9 @@ class Fading:
     rows: int = 1
 
     def ranks(self, rank: int, noise: float) -> int:
-        """How many of `rank` ranks act at `noise` in [0, 1]."""
-        low = min(self.min_rank, rank)
-        return low + int(max(0.0, 1 - noise) ** self.power * (rank - low))
+        """How many of `rank` ranks act at `noise`; beyond 0 and 1 as there."""
+        low, clean = min(self.min_rank, rank), min(1.0, max(0.0, 1 - noise))
+        return low + int(clean**self.power * (rank - low))
 
     def active(self, rows: int, noise: float) -> int:
         """How many of a pair's `rows` act."""

@@ -23,7 +23,7 @@ from lora_diffusion.gates.fading import Fading
 from lora_diffusion.layers import kernel_shape, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch
-from lora_diffusion.methods.ranked import Ranked, alpha_over, check_shapes
+from lora_diffusion.methods.ranked import Ranked, alpha_over, check_shapes, on_host
 from lora_diffusion.quantize import dequantize
 
 TRIPLE = ("down", "sigma", "up")
@@ -105,7 +105,7 @@ class TLoRA(Ranked):
         chosen = slice(first, first + self.rank)
         made = {"down": Vh[chosen].reshape(-1, *row), "sigma": S[chosen], "up": U[:, chosen]}
         made["up"] = made["up"].reshape(*made["up"].shape, *(1 for _ in row[1:]))
-        tensors = {part: tensor.cpu().clone().contiguous() for part, tensor in made.items()}
+        tensors = {part: on_host(tensor).clone().contiguous() for part, tensor in made.items()}
         starts = {f"start_{part}": tensor.clone() for part, tensor in tensors.items()}
         return LayerAdapter(self.name, tensors | starts, self.stored_alpha, "tensor")
 

@@ -100,6 +100,17 @@ def test_fresh_changes_nothing(method: type[Method]) -> None:
             take_off(layer)
 
 
+def test_it_is_planned_without_weights(method: type[Method]) -> None:
+    """As many parameters on a model of the meta device as on a real one; a plan of the memory begins so."""
+    counts: list[int] = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = nn.ModuleDict({kind: LAYERS[kind]() for kind in kinds_of(method)})
+        with attach(model, settings(method), list(model)) as attachment:
+            counts.append(sum(parameter.numel() for parameter in attachment.parameters()))
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.5, -2.0])
 def test_forward_is_the_base_and_weight_times_the_dense_delta(method: type[Method], weight: float) -> None:
     if not is_dense(method.name):

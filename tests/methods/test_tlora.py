@@ -32,7 +32,7 @@ def test_ranks_by_noise_are_lycoris_mask(power: float) -> None:
         theirs = compute_timestep_mask(t, 1000, 16, min_rank=3, alpha=power)
         assert fading.ranks(16, t / 1000) == int(theirs.sum()), t
     assert Fading(3, power, rows=2).active(32, 0.0) == 32
-    assert fading.ranks(2, 1.0) == 2
+    assert [fading.ranks(rank, noise) for rank, noise in ((2, 1.0), (16, -0.5), (16, 1.5))] == [2, 16, 3]
 
 
 @pytest.mark.parametrize("parts", ["principal", "middle", "last"])
