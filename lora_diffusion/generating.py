@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from lora_diffusion.composing import Composition
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.files import load_adapter
 from lora_diffusion.gates import spell_weight
 from lora_diffusion.library import by_image
+from lora_diffusion.sheet import write_picture
 from lora_diffusion.stack import AdapterStack
 
 RECIPE = "lora_diffusion"  # the PNG text chunk that says how a picture was made
@@ -62,9 +63,26 @@ def draw(
         batch = list(prompts[start : start + how.batch])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + how.batch]]
         with torch.inference_mode():
-            pictures += pipe(batch, generator=generators, **_arguments(how, len(batch))).images
+            pictures += pipe(batch, generator=generators, **_arguments(pipe, how, len(batch))).images
         listen(len(pictures))
     return pictures
+
+
+def reconstructed(pipe: Any, pictures: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
+    """Pictures as the pipeline's own VAE gives them back at (width, height): what no drawing can be sharper than.
+
+    Unchanged where the VAE is none of the common kind (`AutoencoderKL`).
+    """
+    vae = pipe.vae
+    if not isinstance(vae, AutoencoderKL):
+        return list(pictures)
+    drawn: list[Image.Image] = []
+    for start in range(0, len(pictures), 16):
+        given = pipe.image_processor.preprocess(list(pictures[start : start + 16]), *reversed(size))
+        with torch.inference_mode():
+            latents = vae.encode(given.to(vae.device, vae.dtype)).latent_dist.mode()
+            drawn += pipe.image_processor.postprocess(vae.decode(latents).sample, "pil")
+    return drawn
 
 
 def draw_order(
@@ -87,9 +105,12 @@ def draw_order(
     return made
 
 
-def _arguments(how: Drawing, count: int) -> dict[str, Any]:
+def _arguments(pipe: Any, how: Drawing, count: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"num_inference_steps": how.steps, "guidance_scale": how.guidance, **how.extra}
     if how.size is not None:
+        multiple = getattr(pipe, "vae_scale_factor", 8)
+        if any(side % multiple for side in how.size):
+            raise ConfigError(f"size {how.size[0]}x{how.size[1]}: both sides must be multiples of {multiple} here")
         arguments |= {"width": how.size[0], "height": how.size[1]}
     if how.negative is not None:
         arguments["negative_prompt"] = [how.negative] * count
@@ -116,9 +137,7 @@ def recipe(
 
 def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None:
     """Write a PNG that carries its recipe."""
-    info = PngInfo()
-    info.add_text(RECIPE, json.dumps(made, ensure_ascii=False, default=dict))
-    picture.save(path, pnginfo=info)
+    write_picture(picture, path, {RECIPE: json.dumps(made, ensure_ascii=False, default=dict)})
 
 
 @dataclass(frozen=True)

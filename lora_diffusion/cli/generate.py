@@ -75,7 +75,7 @@ def generate(
     total = len(prompts or [""]) * count
     files = [out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(total)]
     for file in files if prompts else [out]:
-        refuse_existing(file, overwrite)
+        refuse_existing(file, overwrite, ".png")
 
     from lora_diffusion.cli.progress import say
     from lora_diffusion.composing import Composition

@@ -57,14 +57,14 @@ def grid(
     """
     weighted = [parse_adapter(text) for text in adapter or []]
     pixels = parse_size(size)
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, ".png")
 
     from lora_diffusion.axes import Choices, grid_order, parse_factors
     from lora_diffusion.cli.progress import bar, say
     from lora_diffusion.generating import Drawing, draw_order
     from lora_diffusion.pipelines import load_for_drawing
     from lora_diffusion.quickstart import find_samples
-    from lora_diffusion.sheet import contact_sheet
+    from lora_diffusion.sheet import contact_sheet, write_picture
     from lora_diffusion.stack import AdapterStack
 
     numbers, factors = _seeds(seeds), parse_factors(weights)
@@ -83,7 +83,7 @@ def grid(
     across, down = choices.labels(columns), choices.labels(rows)
     pictures = [[made[r * len(across) + c][0] for c in range(len(across))] for r in range(len(down))]
     title = " + ".join(f"{name} {weight}" for name, weight in choices.adapters.items())
-    contact_sheet(pictures, down, across, title=title).save(out)
+    write_picture(contact_sheet(pictures, down, across, title=title), out)
     say(str(out))
 
 

@@ -73,8 +73,12 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """ConfigError for a file that is there already, or whose folder is not."""
+def refuse_existing(path: Path, overwrite: bool, ending: str = "") -> None:
+    """ConfigError for a file that is there already, whose folder is not, or whose name does not end in `ending`."""
+    if ending and path.suffix.lower() != ending:
+        raise ConfigError(f"{path}: expected a name that ends in {ending}")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; choose a file")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists; choose another --out or say --overwrite")
     if not path.parent.is_dir():

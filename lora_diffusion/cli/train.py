@@ -19,7 +19,7 @@ def train(
 
     Ctrl-C saves a checkpoint; the same command goes on from it and ends with the same bytes.
 
-    Example: `lora-diffusion train train_scripts/ink.toml train.steps=200`
+    Example: `lora-diffusion train train_scripts/configs/ink.toml train.steps=200`
     """
     from lora_diffusion.cli.progress import show_training
     from lora_diffusion.training.config import TrainConfig
