@@ -80,7 +80,7 @@ class AdapterConfig(Section):
     rslora: bool = False
     """rsLoRA: the scale is alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
     targets: str | list[str] = "attention"
-    """Preset ("attention", "attention-qv", "attention+ff", "all-linear", "…+conv"), glob, or a list."""
+    """Preset ("attention", "attention-qv", "attention+ff", "all-linear", "…+conv", "norm"), glob, or a list."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the rank axis, row by row at every token."""
     rank_dropout: float = Field(0.0, ge=0, lt=1)

@@ -102,6 +102,10 @@ class Trained:
         if self.words:
             self.words.on = bool(weight)
 
+    def at(self, noise: Tensor) -> None:
+        """Tell methods that fade with it the noise of each picture of the next call: (batch,), 0 none, 1 all."""
+        self.denoiser.at(noise)
+
     def cap(self, limit: float) -> None:
         """Bound the deltas of all pairs."""
         for attachment in self.attachments:
