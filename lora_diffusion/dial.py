@@ -130,7 +130,7 @@ class Dial:
         with torch.inference_mode(mode=False):  # it is written to outside of one as well
             self._gains = torch.zeros(len(self._owner), device=device)
             for slot in self.slots.values():
-                slot.gate = self._gains[start : start + slot.rows]
+                slot.share(self._gains[start : start + slot.rows])
                 start += slot.rows
 
     def write(self) -> None:

@@ -22,7 +22,7 @@ WRITTEN = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "t
 #: rooms by level, lowest first. A room imports only from lower levels: rooms of one level never know each other
 LEVELS = (
     ("errors",),
-    ("registry", "layers", "packing"),
+    ("registry", "layers", "packing", "products"),
     ("adapter", "branches", "dropping"),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
