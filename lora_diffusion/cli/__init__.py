@@ -22,7 +22,6 @@ from lora_diffusion.cli.resize import resize
 from lora_diffusion.cli.train import train
 from lora_diffusion.errors import LoraDiffusionError
 
-
 _FULL = (
     "the GPU's memory is full; training takes less with train.checkpointing=true and a lower train.batch"
     " (`lora-diffusion plan CONFIG.toml --gpu GIB` says what fits), drawing with --quantize nf4"
