@@ -23,10 +23,12 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.branches import Branch
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, some
+from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Pair, Part, Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, Course, Method, resumed, written
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.methods.starts import StartBranch, difference, first_half
+from lora_diffusion.methods.tlora import TLoRABranch
 from lora_diffusion.targets import Targets, find_targets
 
 NAME = "training"  # what a slot calls the adapter that is being trained
@@ -43,6 +45,7 @@ class Attachment:
         self._starts = {name: new for name, new in fresh.items() if _is_away(new)}
         self._fresh = fresh  # what the slots were made of: method, alpha, shapes
         self.course: Course | None = None
+        self.fading: Fading | None = None  # of T-LoRA: what acts at which noise
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -88,6 +91,12 @@ class Attachment:
         if self.course:
             self.course.restore(state)
 
+    def at(self, noise: Tensor) -> None:
+        """Tell what fades the noise of each picture of the next call: (batch,), from 0 for none to 1."""
+        for branch in (branch for slot in self.slots.values() for branch in slot.branches):
+            if self.fading is not None and isinstance(branch, TLoRABranch):
+                branch.fade(self.fading, noise)
+
     def weigh(self, weight: float) -> None:
         """Turn what is being trained to another strength; 0 makes the model its own frozen teacher."""
         for slot in self.slots.values():
@@ -125,7 +134,9 @@ class Attachment:
         layers = {layer: _layer_adapter(slot, self._fresh[layer]) for layer, slot in self.slots.items()}
         for layer, start in self._starts.items():
             layers[layer] = difference(layers[layer], start)
-        return Adapter(name, {self.component: {n: _cast(layer, dtype) for n, layer in written(layers).items()}})
+        cast = {layer: _cast(one, dtype) for layer, one in written(layers).items()}
+        said = replace(self.fading, rows=2).metadata() if self.fading else {}
+        return Adapter(name, {self.component: cast}, metadata=said)
 
     def load(self, adapter: Adapter) -> None:
         """Copy an adapter's tensors into the slots. AdapterMismatchError unless layers and shapes are the same."""
@@ -201,6 +212,7 @@ def attach(
         raise ConfigError(f"method {method.name!r}: dropout is {dropout}, but it has no rank axis to drop from")
     slots = {name: Slot(layers[name], part, trainable=True) for name, part in parts.items()}
     attachment = Attachment(model, component, slots, new)
+    attachment.fading = getattr(method, "fading", None)
     model.requires_grad_(False)
     for name, slot in slots.items():
         slot.dropping = dropping if dropping != Dropping() else None

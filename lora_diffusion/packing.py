@@ -60,12 +60,15 @@ def repacked(
     `rows_of` gives the rows of a block by its index, and is asked for new ones alone. The tensor lies in the memory of
     `held` where that has room, else in new memory with room for half as much again.
     """
+    if held is None and len(blocks) == 1 and blocks[0][1] == shape[0]:  # most slots, when they come
+        return torch.empty(shape, dtype=kind[0], device=kind[1]).copy_(rows_of(0))
     fits = held is not None and (held.dtype, held.device, held.shape[1:]) == (*kind, shape[1:])
     arrangement = arrange(before if fits else (), blocks)
     packed = _moved(held if fits else None, shape, kind, arrangement.kept)
     for index, start in arrangement.new.items():
         packed[start : start + blocks[index][1]] = rows_of(index)
-    packed[sum(rows for _, rows in blocks) :] = 0
+    if (filled := sum(rows for _, rows in blocks)) < shape[0]:
+        packed[filled:] = 0
     return packed
 
 

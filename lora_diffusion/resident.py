@@ -1,13 +1,14 @@
 """Adapters that a stack has met: read, checked and matched with the model once, then swapped in by copying rows.
 
-Files are known by path, size and time; adapters by content hash, taken once an object. A tensor that is written to in
-place makes its adapter a new one.
+Files are known by path, size and time; adapters by their object. A tensor that is written to in place makes its
+adapter a new one. The content hash is taken where two adapters must be told apart, not to put one on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -17,24 +18,30 @@ from lora_diffusion.formats.files import load_adapter
 Plan = TypeVar("Plan")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Met(Generic[Plan]):
-    """An adapter, its content hash and what was planned for it."""
+    """An adapter and what was planned for it."""
 
     adapter: Adapter  # held, so that its identity stays its own
     stamp: tuple[int, ...]
-    key: str
     plan: Plan
+
+    @cached_property
+    def key(self) -> str:
+        """Its content hash, when it is first asked for."""
+        return self.adapter.content_hash
 
 
 class Residents(Generic[Plan]):
-    """Known files and adapters, in the host's memory. `make` plans an adapter's place, or raises."""
+    """Known files and adapters, in the host's memory.
 
-    def __init__(self, make: Callable[[Adapter], Plan]) -> None:
+    `make` plans an adapter's place, or raises; it is told whether the values were checked when the file was read.
+    """
+
+    def __init__(self, make: Callable[[Adapter, bool], Plan]) -> None:
         self._make = make
         self._files: dict[tuple[Path, int, int, bool], Adapter] = {}
         self._met: dict[int, Met[Plan]] = {}
-        self._plans: dict[str, Plan] = {}
 
     def read(self, adapter: Adapter | str | Path, *, strict: bool = True) -> Adapter:
         """The adapter of a file, read once while the file stays the same. AdapterFileError for a bad one."""
@@ -49,22 +56,19 @@ class Residents(Generic[Plan]):
             self._files[known] = load_adapter(path, strict=strict)
         return self._files[known]
 
-    def plan(self, adapter: Adapter) -> tuple[str, Plan]:
-        """(content hash, plan) of an adapter; what `make` raises for one that does not fit."""
+    def meet(self, adapter: Adapter) -> Met[Plan]:
+        """An adapter with its plan; what `make` raises for one that does not fit."""
         stamp = _stamp(adapter)
         met = self._met.get(id(adapter))
         if met is None or met.stamp != stamp:
-            key = adapter.content_hash
-            if key not in self._plans:
-                self._plans[key] = self._make(adapter)
-            met = self._met[id(adapter)] = Met(adapter, stamp, key, self._plans[key])
-        return met.key, met.plan
+            fresh = met is None and any(adapter is read for read in self._files.values())
+            met = self._met[id(adapter)] = Met(adapter, stamp, self._make(adapter, fresh))
+        return met
 
     def forget(self) -> None:
         """Let the host's memory go."""
         self._files.clear()
         self._met.clear()
-        self._plans.clear()
 
 
 def _stamp(adapter: Adapter) -> tuple[int, ...]:

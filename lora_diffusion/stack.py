@@ -25,6 +25,8 @@ from lora_diffusion.errors import ConfigError, TargetError, did_you_mean
 from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Weight, resolve_weight
+from lora_diffusion.gates.fading import fading_of
+from lora_diffusion.layers import submodule
 from lora_diffusion.lora import Slot, place, slot_of, take_off
 from lora_diffusion.resident import Residents
 from lora_diffusion.stacked import Stacked, balance
@@ -82,11 +84,13 @@ class AdapterStack:
         if name in self._stacked:
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
         resolved = resolve_weight(weight, self._layers, name)
-        key, found = self.residents.plan(adapter)
+        met = self.residents.meet(adapter)
+        found = met.plan
         found.check(adapter, self.components) if strict else found.check_any(adapter)
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in self._stacked.values()), name)
         left_out = {} if strict else adapter.unused | found.unplaced
-        self._stacked[name] = Stacked(name, adapter, weight, resolved, found.layers, key, left_out)
+        fading = fading_of(adapter.metadata, name)
+        self._stacked[name] = Stacked(name, adapter, weight, resolved, met, left_out, fading=fading)
         self._repack(found.layers)
         self._retoken(adapter)
         return name
@@ -137,12 +141,12 @@ class AdapterStack:
         self._refuse_if_fused()
         if self.composition.mode != "sum":
             raise ConfigError(f"fuse: the stack composes by {self.composition.mode}, step by step; fusing is a sum")
-        if any(not isinstance(e.level, float) for dial in self._dials.values() for e in dial.entries):
+        if any(not isinstance(e.level, float) or e.fading for dial in self._dials.values() for e in dial.entries):
             raise ConfigError("fuse: a weight changes by step, image or place, and a fused one cannot; weigh first")
         self._fusion = fuse(
             {
                 f"{component}.{name}": (
-                    self.components[component].get_submodule(name),
+                    submodule(self.components[component], name),
                     slot,
                     self.shares(component, name),
                 )
@@ -180,7 +184,7 @@ class AdapterStack:
 
     def content_hash(self, name: str) -> str:
         """The content hash of an adapter on the stack, as it was when it came."""
-        return self._stacked[self._known(name)].key
+        return self._stacked[self._known(name)].met.key
 
     def left_out(self, name: str) -> dict[str, str]:
         """What of an adapter is not on the pipeline, tensor or layer of its file -> why: empty if it came strictly.
@@ -221,9 +225,9 @@ class AdapterStack:
             raise TargetError(f"no adapter {name!r} in the stack; there are {there}{did_you_mean(name, self._stacked)}")
         return name
 
-    def _plan(self, adapter: Adapter) -> Fit:
+    def _plan(self, adapter: Adapter, finite: bool) -> Fit:
         adapter.check_content()
-        return fit(adapter, self.components)
+        return fit(adapter, self.components, finite=finite)
 
     @cached_property
     def _layers(self) -> dict[str, list[str]]:
@@ -234,9 +238,11 @@ class AdapterStack:
         }
 
     def _repack(self, sites: Mapping[Site, Any]) -> None:
-        ordered = sorted(self._stacked.values(), key=lambda stacked: (stacked.key, stacked.name))
+        ordered = list(self._stacked.values())
+        if len(ordered) > 1:
+            ordered.sort(key=lambda stacked: (stacked.met.key, stacked.name))
         for component, layer_name in sites:
-            layer, site = self.components[component].get_submodule(layer_name), (component, layer_name)
+            layer, site = submodule(self.components[component], layer_name), (component, layer_name)
             parts = [stacked.part(site, layer) for stacked in ordered if site in stacked.layers]
             slot, reserve = slot_of(layer), self._reserved.get(site, 0)
             if slot is not None and hasattr(slot, "_hf_hook"):  # accelerate would bring the rows it knows back
@@ -248,7 +254,7 @@ class AdapterStack:
                 if slot is not None:
                     take_off(layer)
             elif slot is None:
-                place(layer, Slot(layer, parts, reserve=reserve))
+                place(layer, Slot(layer, parts, reserve=reserve, gated=False))
             else:
                 slot.pack(layer, parts)
         self._rebind({component for component, _ in sites})
@@ -258,10 +264,11 @@ class AdapterStack:
         sites = {site for stacked in self._stacked.values() for site in stacked.layers} | self._reserved.keys()
         for component in components:
             model = self.components[component]
-            layers = {name: model.get_submodule(name) for c, name in sorted(sites) if c == component}
+            layers = {name: submodule(model, name) for c, name in sorted(sites) if c == component}
             slots = {name: slot for name, layer in layers.items() if (slot := slot_of(layer)) is not None}
             even = balance(list(self._stacked.values()), layers, component) if self.composition.balance else {}
-            self._dials[component].bind(slots, weights, self.composition, even)
+            fadings = {name: stacked.fading for name, stacked in self._stacked.items() if stacked.fading}
+            self._dials[component].bind(slots, weights, self.composition, even, fadings)
 
     def _retoken(self, adapter: Adapter) -> None:
         if adapter.embeddings:

@@ -9,25 +9,32 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
-from lora_diffusion.fitting import Site
+from lora_diffusion.fitting import Fit, Site
 from lora_diffusion.gates import Resolved, Weight
+from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Pair, Part
-from lora_diffusion.methods import METHODS
+from lora_diffusion.methods import METHODS, is_dense
+from lora_diffusion.resident import Met
 
 
 @dataclass
 class Stacked:
-    """An adapter, its weight as it was given and as it was understood, and its share of each layer."""
+    """An adapter, its weight as it was given and as it was understood, and where it goes."""
 
     name: str
     adapter: Adapter
     weight: Weight
     resolved: Resolved
-    layers: dict[Site, LayerAdapter]
-    key: str  # content hash: the canonical order, so that stacking commutes
+    met: Met[Fit]  # its places, and its content hash: the canonical order, so that stacking commutes
     left_out: dict[str, str] = field(default_factory=dict)  # of the file, not on -> why; empty unless added leniently
     pairs: dict[Site, Pair] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)
+    fading: Fading | None = None  # which of its rows act at which noise, in a denoiser
+
+    @property
+    def layers(self) -> dict[Site, LayerAdapter]:
+        """Its share of each layer."""
+        return self.met.plan.layers
 
     def part(self, site: Site, layer: nn.Module) -> Part:
         """What it puts on a layer: always the same pair, by which the slot knows its rows, or a new branch."""
@@ -47,6 +54,8 @@ class Stacked:
                 down, up = part.down.double().flatten(1), part.up.double().reshape(-1, part.rank)
                 square = float(((up.t() @ up) * (down @ down.t())).sum())
                 self.norms[site] = abs(part.scale) * math.sqrt(max(0.0, square))
+            elif not is_dense(self.layers[site].method):
+                self.norms[site] = 0.0  # it has none, and `balance` leaves it as it is
             else:
                 adapter = self.layers[site]
                 self.norms[site] = float(METHODS[adapter.method].delta(adapter, layer).double().norm())

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from lora_diffusion.errors import AdapterFileError, some
 
@@ -47,8 +47,7 @@ MAX_DIMENSIONS = 6
 MAX_NAME = 1_000  # characters
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file: its dtype by safetensors' name, shape, and byte range behind the header."""
 
     dtype: str
@@ -199,7 +198,7 @@ def _parse(raw: bytes, size: int, data: int, path: Path) -> Header:
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values()):
         raise AdapterFileError(f"{path.name}: `__metadata__` is not a table of strings; the header is damaged")
-    entries = {name: _entry(name, value, path) for name, value in table.items()}
+    entries = {name: _entry(name, value, path.name) for name, value in table.items()}
     _check_ranges(entries, size, path)
     return Header(entries, cast("dict[str, str]", metadata), data)
 
@@ -220,8 +219,8 @@ def _short(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
 
 
-def _entry(name: str, value: object, path: Path) -> Entry:
-    where = f"{path.name}: tensor {name[:200]!r}"
+def _entry(name: str, value: object, file: str) -> Entry:
+    where = f"{file}: tensor {name[:200]!r}"
     if len(name) > MAX_NAME:
         raise AdapterFileError(f"{where}…: a name of {len(name):,} characters; the header is damaged")
     fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
@@ -242,9 +241,10 @@ def _entry(name: str, value: object, path: Path) -> Entry:
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(
-        type(size) is int and 0 <= size < 1 << 48 for size in cast("list[object]", value)
-    )
+    if not isinstance(value, list) or any(type(size) is not int for size in cast("list[object]", value)):
+        return False
+    sizes = cast("list[int]", value)
+    return not sizes or (min(sizes) >= 0 and max(sizes) < 1 << 48)
 
 
 def _check_ranges(entries: dict[str, Entry], size: int, path: Path) -> None:

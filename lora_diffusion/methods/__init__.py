@@ -62,6 +62,7 @@ METHODS: Registry[type[Method]] = Registry(
         "lora": "lora_diffusion.methods.lora:LoRA",
         "dora": "lora_diffusion.methods.dora:DoRA",
         "adalora": "lora_diffusion.methods.adalora:AdaLoRA",
+        "tlora": "lora_diffusion.methods.tlora:TLoRA",
         "locon": "lora_diffusion.methods.locon:LoCon",
         "loha": "lora_diffusion.methods.loha:LoHa",
         "lokr": "lora_diffusion.methods.lokr:LoKr",
@@ -71,6 +72,7 @@ METHODS: Registry[type[Method]] = Registry(
         "oft": "lora_diffusion.methods.oft:OFT",
         "full": "lora_diffusion.methods.full:Full",
         "norm": "lora_diffusion.methods.norm:Norm",
+        "bottleneck": "lora_diffusion.methods.bottleneck:Bottleneck",
     },
 )
 
@@ -79,8 +81,9 @@ class Course(Protocol):
     """What a method does beside the optimiser while it is trained, such as giving out ranks.
 
     A method has one by defining `course(layers, steps)`, `layers` being the trained tensors of each layer by their
-    names. (A method may also define `spanning(layers)`, `frozen`, and, for tensors that files hold in another form,
-    `written(adapter, whole=…)` and its reverse `resumed(written, fresh)`: see VeRA, LoRA and AdaLoRA.)
+    names. (A method may also define `spanning(layers)`, `frozen`, `fading`, `dense` and, for tensors that files hold in
+    another form, `written(adapter, whole=…)` and its reverse `resumed(written, fresh)`: see VeRA, LoRA, T-LoRA, the
+    bottleneck and AdaLoRA.)
     """
 
     def penalty(self) -> Tensor:
@@ -121,6 +124,11 @@ def resumed(layers: Mapping[str, LayerAdapter], fresh: Mapping[str, LayerAdapter
     """The reverse of `written`, for slots that were made of `fresh`."""
     own = {name: getattr(METHODS[new.method], "resumed", None) for name, new in fresh.items()}
     return {**layers, **{name: back(layers.get(name), fresh[name]) for name, back in own.items() if back is not None}}
+
+
+def is_dense(name: str) -> bool:
+    """Whether a method's adapters say a change of the weight, so that they can be merged; most do."""
+    return getattr(METHODS[name], "dense", True)
 
 
 def bias_change(adapter: LayerAdapter) -> Tensor | None:

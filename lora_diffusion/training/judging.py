@@ -73,6 +73,7 @@ class Judge:
         latents, noise = batch.latents.to(**self.place), noise.to(**self.place)
         masks = None if batch.masks is None else batch.masks.to(self.place["device"])
         conditioning = self._conditioning(batch.conditioning, batch.texts)
+        self._tell(times)
         return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
 
     def _from_the_base(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
@@ -86,7 +87,14 @@ class Judge:
             target = self.family.predict(self.denoiser, noisy, times.to(noisy.device), conditioning)
         self.trained.weigh(1.0)
         heard = self._conditioning(batch.plain, batch.plain_texts)
+        self._tell(times)
         return towards(target, self.family, self.denoiser, noisy, heard, times, self.loss).mean()
+
+    def _tell(self, times: Tensor) -> None:
+        """Fading methods hear of the noise; before there is anything to train there is nobody to hear it."""
+        if self.trained is not None:
+            schedule = self.objective.schedule
+            self.trained.at(times if schedule is None else times / len(schedule[0]))
 
     def _conditioning(self, cached: dict[str, Tensor], texts: tuple[str, ...]) -> dict[str, Tensor]:
         """What was cached, and `texts` encoded now where text encoders are trained."""

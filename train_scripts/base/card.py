@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from denoiser import digest
 from evaluate import COLOUR, PROMPTS, SEEDS, TOP1, TOP5
 from icons import BASE_STYLES, SETS
 from sheet import contact_sheet
@@ -32,7 +33,7 @@ PARTS = {
 
 def facts(work: Path) -> dict[str, float]:
     """Samples and hours of the three trainings, from their states, and the pictures there were."""
-    names = "vae.state", "decoder.state", "denoiser.state"
+    names = "vae.state", f"decoder.{digest(work)}.state", "denoiser.state"
     vae, decoder, denoiser = (torch.load(work / name, weights_only=True, mmap=True) for name in names)
     rows = np.load(work / "pictures.npz")
     return {

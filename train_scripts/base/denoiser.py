@@ -7,6 +7,7 @@ and shifted by it (FiLM, as SDXL does with its pooled text): 1.3-1.4 times fewer
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,6 +103,12 @@ def build_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
     unet = build_unet()
     unet.set_attn_processor(AttnProcessor())
     return nn.ModuleDict({"unet": unet, "text_encoder": build_text_encoder(tokenizer)})
+
+
+def digest(work: Path) -> str:
+    """12 hex digits of `WORK/denoiser.state`: what is made with one denoiser is kept under its name."""
+    with (work / "denoiser.state").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def open_pipeline(work: Path) -> StableDiffusionPipeline:

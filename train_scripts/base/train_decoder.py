@@ -7,20 +7,22 @@ Run when the denoiser is trained. Its latents are never quite those of a true pi
 has only seen true ones turns small errors into blotches: white noise of 0.2 (latents have unit variance)
 nearly doubles the colour distance. So a part of every batch are true latents, a part true latents with
 white noise (as in arXiv 2510.11690), and a part latents that the denoiser drew, `DRAWS` of each listed
-picture (kept in `WORK/drawn.*.pt`; the seeds are not those of `evaluate.py`); the decoder must always
+picture (kept in `WORK/drawn.DENOISER.*.pt`; the seeds are not those of `evaluate.py`); the decoder must always
 draw the true picture. The encoder stays as it is, so the latents do too, and the denoiser goes on fitting.
-Rewrites `WORK/vae/` at the end; the state is `WORK/decoder.state`.
+Rewrites `WORK/vae/` at the end (the first one is kept as `WORK/vae.first/`); the state is
+`WORK/decoder.DENOISER.state`: another denoiser, another run.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from denoiser import GUIDANCE, open_pipeline
+from denoiser import GUIDANCE, digest, open_pipeline
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from icons import DEFAULT_STYLE
 from resumable import Run, cosine
@@ -28,10 +30,10 @@ from torch import Tensor
 from train_denoiser import encode
 from train_vae import load_pictures, reconstruction_loss
 
-SAMPLES = 24_000
+SAMPLES = 20_000
 NOISY, DRAWN = 0.25, 0.375  # shares of the batch; the rest are true latents
 MOST = 0.3  # standard deviation of the noise at most
-DRAWS, STEPS, SEED = 3, 10, 7_000_000
+DRAWS, STEPS, SEED = 2, 10, 7_000_000
 BATCH = 32
 
 
@@ -62,7 +64,7 @@ def draw_listed(work: Path, device: torch.device, rank: int, processes: int) -> 
 
     Each of several processes draws its part, and trains on that.
     """
-    file = work / f"drawn.{rank + 1}of{processes}.pt"
+    file = work / f"drawn.{digest(work)}.{rank + 1}of{processes}.pt"
     if not file.exists():
         rows = np.load(work / "pictures.npz")
         answers = np.tile(np.flatnonzero(rows["listed"]), DRAWS)[rank::processes]
@@ -82,7 +84,8 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> Te
         batch = prompts[start : start + BATCH]
         random = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
         settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
-        parts.append(pipeline(batch, generator=random, **settings).images)
+        with torch.autocast(pipeline.device.type, torch.bfloat16):
+            parts.append(pipeline(batch, generator=random, **settings).images.float())
         print(f"drawn {start + len(batch)} of {len(prompts)}", flush=True)
     return torch.cat(parts)
 
@@ -100,7 +103,8 @@ def main() -> None:
     vae.quant_conv.requires_grad_(False)
     parts = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     rate = cosine(args.samples)
-    run = Run(args.work / "decoder.state", parts, lr=1e-3, samples=args.samples, batch=BATCH, rate=rate, averaged=3_000)
+    state = args.work / f"decoder.{digest(args.work)}.state"
+    run = Run(state, parts, lr=1e-3, samples=args.samples, batch=BATCH, rate=rate, averaged=3_000)
     drawn = draw_listed(args.work, device, run.rank, run.processes)
     pairs = Pairs(pictures, encode(vae, pictures), *drawn)
     vae.train()
@@ -116,6 +120,8 @@ def main() -> None:
         return
     run.use_average()
     if run.rank == 0:
+        if not (args.work / "vae.first").exists():
+            shutil.copytree(args.work / "vae", args.work / "vae.first")
         vae.eval().save_pretrained(args.work / "vae")
         print(f"{run.seen} samples in {run.seconds / 60:.0f} minutes on {device}")
 

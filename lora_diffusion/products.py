@@ -1,0 +1,64 @@
+"""The low-rank product ((x downᵀ) · gate) up: with gradients, or added in place to what the frozen layer gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class LowRank(torch.autograd.Function):
+    """((x downᵀ) · gate) up, the factors cast to x's dtype. Saves x alone and makes x downᵀ again in backward; where
+    `down` is frozen (LoRA-FA) it saves x downᵀ instead, which has `rank` numbers a token and not `in`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+        hidden = gated(F.linear(x, down.to(x.dtype)), gate)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else hidden, down, up, gate)
+        return hidden @ up.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
+        saved, down, up, gate = ctx.saved_tensors
+        saved = saved.to(grad.dtype)  # they differ under autocast
+        hidden = gated(F.linear(saved, down.to(saved.dtype)), gate) if ctx.needs_input_grad[1] else saved
+        inner = gated(F.linear(grad, up.to(grad.dtype)), gate)
+        grad_up = (hidden.flatten(0, -2).t() @ grad.flatten(0, -2)).to(up.dtype)
+        grad_down = (
+            (inner.flatten(0, -2).t() @ saved.flatten(0, -2)).to(down.dtype) if ctx.needs_input_grad[1] else None
+        )
+        grad_x = inner @ down.to(inner.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_down, grad_up, None
+
+
+def gated(hidden: Tensor, gate: Tensor) -> Tensor:
+    """`hidden` times the gate, which is float32: one rounding."""
+    return (hidden * gate).to(hidden.dtype)
+
+
+def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    """`out` and the product of a linear layer's pair; in place where nothing stands against it."""
+    hidden = gated(F.linear(x, down), gate)
+    if out.dtype != hidden.dtype or not out.is_contiguous() or out.requires_grad:
+        return out + (hidden @ up).to(out.dtype)
+    out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up)
+    return out
+
+
+def add_convolution(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor, how: dict[str, Any]) -> Tensor:
+    """The same for a convolution, `how` it goes over the picture."""
+    hidden = F.conv2d(x, down.to(x), **how)  # (batch, R, height, width)
+    columns = over_pixels(gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device), hidden)
+    return out + F.conv2d(gated(hidden, columns), up.to(x).t()[:, :, None, None]).to(out.dtype)
+
+
+def over_pixels(gate: Tensor, image: Tensor) -> Tensor:
+    """A gate by place, (batch or 1, 1 or places, R), as it multiplies an image of R channels."""
+    columns = gate.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
+    return columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, image.shape[-2:])
