@@ -48,14 +48,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    base: str | Path, *, precision: Precision = "nf4", compute: str = "auto", device: str = "auto"
+    base: str | Path,
+    *,
+    precision: Precision = "nf4",
+    compute: str = "auto",
+    device: str = "auto",
+    text_encoders: Precision | None = None,
 ) -> Opened:
     """Open `base` (Diffusers folder or hub id) frozen, its denoiser in `precision`, everything else in `compute`.
 
     Precision is "fp32", "bf16", "fp16", "int8" or "nf4". A denoiser to be quantised is read layer by layer from the
     folder, so that memory never holds more of it than the quantised model and one layer (one from the hub's cache is
-    loaded whole first). Its family says which layers stay in 16 bits besides the usual. ConfigError where the base
-    cannot be opened, the device is absent or bitsandbytes is missing.
+    loaded whole first). Its family says which layers stay in 16 bits besides the usual. `text_encoders` are quantised
+    layer by layer on their way to the device, if they are to be. ConfigError where the base cannot be opened, the
+    device is absent or bitsandbytes is missing.
     """
     place = pick_device(device)
     dtype = DTYPES[precision] if precision in DTYPES and compute == "auto" else pick_dtype(compute, place)
@@ -70,9 +76,19 @@ def load_pipeline(
         report = quantize(
             denoiser_of(pipe), precision, compute_dtype=dtype, device=place, keep=_kept(pipe), weights=weights
         )
+    if text_encoders is not None:
+        quantize_encoders(pipe, text_encoders, dtype, place)
     pipe.to(place)
     pipe.set_progress_bar_config(disable=True)
     return Opened(pipe, place, dtype, report)
+
+
+def quantize_encoders(pipe: Any, precision: Precision, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Quantise and freeze the text encoders of a pipeline, moving each layer to `device` on the way."""
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder") and isinstance(part, torch.nn.Module):
+            kept = sorted({inner for inner, _ in part.named_modules() if inner.endswith(".wo")})
+            quantize(part, precision, compute_dtype=dtype, device=device, keep=kept)  # T5 casts to the dtype of `wo`
 
 
 def load_for_drawing(base: str | Path, precision: Precision | None, device: str) -> Opened:

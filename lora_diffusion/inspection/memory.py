@@ -9,7 +9,8 @@ One training step of each is rehearsed (`rehearsal.py`); no weights are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from lora_diffusion.families import Family, family_of
 from lora_diffusion.families.skeletons import skeleton_of
 from lora_diffusion.inspection.rehearsal import Rehearsal
 from lora_diffusion.methods import new_method
-from lora_diffusion.pipelines import DTYPES, pick_device, quiet
+from lora_diffusion.pipelines import DTYPES, pick_device, quantize_encoders, quiet
 from lora_diffusion.quantize import quantize, weight_bytes
+from lora_diffusion.training.adapting import encoders_for
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loop import turn_on_checkpointing
 from lora_diffusion.training.objective import losses, objective_for
@@ -137,7 +139,9 @@ class _Stage:
         self.denoiser: nn.Module = getattr(self.pipe, self.family.denoiser)
         for part in self._models():
             _cast(part, self.dtype)
-        self.resolution = config.data.resolution
+        if config.backbone.text_encoders is not None:
+            quantize_encoders(self.pipe, config.backbone.text_encoders, self.dtype, "meta")
+        self.resolution = _largest(config)
 
     def cost(self, name: str, config: TrainConfig, precision: Any) -> Cost:
         """One training step's cost; without precision all of the denoiser is trained."""
@@ -150,9 +154,13 @@ class _Stage:
             quantize(denoiser, precision, compute_dtype=self.dtype, device="meta")
         weights = weight_bytes(denoiser)
         trained = list(denoiser.parameters()) if precision is None else _adapter(denoiser, config, self.family)
-        if config.train.checkpointing:
-            turn_on_checkpointing(denoiser)
-        peak, size = self._rehearse(denoiser, config), sum(p.nbytes for p in trained)
+        live = precision is not None and config.text.live
+        with self._encoders_in_training(config if live else None) as more:
+            trained += more
+            if config.train.checkpointing:
+                turn_on_checkpointing(denoiser)
+            peak, size = self._rehearse(denoiser, config, live), sum(p.nbytes for p in trained)
+            weights += sum(map(weight_bytes, self._encoders())) if live else 0
         peak = max(peak, 2 * size if self.gpu else size)  # on GPUs AdamW works on all parameters at once
         count = sum(p.numel() for p in trained)
         if precision is None:
@@ -169,12 +177,30 @@ class _Stage:
             self.family.encode_prompts(self.pipe, [""] * 16)
         return waiting + others + rehearsal.peak
 
-    def _rehearse(self, denoiser: nn.Module, config: TrainConfig) -> int:
+    @contextmanager
+    def _encoders_in_training(self, config: TrainConfig | None) -> Generator[list[nn.Parameter]]:
+        """Slots on the text encoders that are trained, for the while; their parameters."""
+        attachments = encoders_for(config, self.pipe, self.family) if config else []
+        for slot in (slot for attachment in attachments for slot in attachment.slots.values()):
+            slot.to("meta").train()
+        try:
+            yield [parameter for attachment in attachments for parameter in attachment.parameters()]
+        finally:
+            for attachment in attachments:
+                attachment.detach()
+
+    def _encoders(self) -> list[nn.Module]:
+        found = (getattr(self.pipe, name, None) for name in self.family.text_encoders)
+        return [part for part in found if isinstance(part, nn.Module)]
+
+    def _rehearse(self, denoiser: nn.Module, config: TrainConfig, live: bool) -> int:
         """Bytes at the peak of a step's forward and backward pass, gradients included."""
         with torch.no_grad():
-            latents, conditioning = self._inputs(config.train.batch, config.data.resolution)
+            latents, conditioning = self._inputs(config.train.batch, _largest(config))
         times = self.objective.draw(config.train.batch, torch.Generator())
         with Rehearsal() as rehearsal:
+            if live:
+                conditioning |= self.family.encode_prompts(self.pipe, [""] * config.train.batch)
             noise = torch.empty_like(latents)
             loss = losses(self.family, self.objective, denoiser, latents, conditioning, noise, times).mean()
             loss.backward()
@@ -201,6 +227,10 @@ def _adapter(denoiser: nn.Module, config: TrainConfig, family: Family) -> list[n
     for slot in attachment.slots.values():
         slot.to("meta").train()
     return attachment.parameters()
+
+
+def _largest(config: TrainConfig) -> int:
+    return max(config.data.resolution, *config.data.resolutions, 0)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -57,6 +57,7 @@ def train(config: TrainConfig, listen: Listener = lambda progress: None) -> Trai
         precision=config.backbone.precision,
         compute=config.backbone.compute,
         device=str(processes.device) if processes.count > 1 else config.backbone.device,
+        text_encoders=config.backbone.text_encoders,
     )
     family = family_of(opened.pipe)
     prepared = prepare(config, opened, family, lambda done, total: listen(Progress("prepare", done, total)))

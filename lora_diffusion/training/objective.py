@@ -8,6 +8,7 @@ Schedules come from the pipeline's own scheduler, zero terminal SNR included.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,8 +31,8 @@ class Objective(Protocol):
         """(ᾱ (timesteps,), "epsilon" or "v_prediction"); None where times are no timesteps."""
         ...
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random times, (count,): integer timesteps or sigmas in (0, 1)."""
+    def draw(self, count: int, generator: torch.Generator, tokens: int = 0) -> Tensor:
+        """Random times, (count,): integer timesteps or sigmas in (0, 1), of pictures of so many tokens."""
         ...
 
     def grid(self, bands: int) -> Tensor:
@@ -56,7 +57,7 @@ class Diffusion:
         """ᾱ and what is predicted."""
         return self.alphas, self.target
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator, tokens: int = 0) -> Tensor:
         """Uniform timesteps, or more of them at one end."""
         if self.emphasis:
             levels = emphasised(torch.rand(count, generator=generator), self.emphasis)
@@ -78,20 +79,39 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
+class SizeShift:
+    """A scheduler's shift for pictures of so many tokens, linear in them before `exponential` (Esser et al. 2024)."""
+
+    fewest: int
+    most: int
+    low: float
+    high: float
+    exponential: bool
+
+    def __call__(self, tokens: int) -> float:
+        """What `_shifted` takes."""
+        mu = self.low + (self.high - self.low) * (tokens - self.fewest) / (self.most - self.fewest)
+        return math.exp(mu) if self.exponential else mu
+
+
+@dataclass(frozen=True)
 class Flow:
-    """Rectified flow; `shift` is the base's own and moves sigmas towards the noisy end."""
+    """Rectified flow; `shift` is the base's own and moves sigmas towards the noisy end, as `by_size` does if given."""
 
     shift: float = 1.0
     times: TimesConfig = AS_EVER
+    by_size: SizeShift | None = None
     schedule: None = None
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator, tokens: int = 0) -> Tensor:
         """Logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1) or uniform sigmas, emphasised, shifted."""
         if self.times.sampling == "uniform":
             sigma = torch.rand(count, generator=generator)
         else:
             sigma = torch.sigmoid(torch.randn(count, generator=generator) * self.times.std + self.times.mean)
         sigma = emphasised(sigma, self.times.emphasis)
+        if self.by_size is not None:
+            return _shifted(sigma, self.by_size(tokens))
         return _shifted(sigma, self.shift if self.times.shift is None else self.times.shift)
 
     def grid(self, bands: int) -> Tensor:
@@ -112,7 +132,8 @@ def objective_for(family: Family, scheduler: Any, times: TimesConfig = AS_EVER) 
     if family.process == "flow":
         if times.sampling == "uniform" and (times.mean, times.std) != (0, 1):
             raise ConfigError("times.mean and times.std are of 'logit-normal', and times.sampling is 'uniform'")
-        return Flow(float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0), times)
+        shift = float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0)
+        return Flow(shift, times, _size_shift(family, scheduler.config, times) if times.dynamic else None)
     if times.model_copy(update={"emphasis": 0.0}) not in (AS_EVER, UNIFORM):
         raise ConfigError(
             f"[times] but for emphasis is for flows, and family {family.name!r} draws its timesteps uniformly;"
@@ -138,6 +159,20 @@ def emphasised(levels: Tensor, emphasis: float) -> Tensor:
     share, low = abs(emphasis), levels if emphasis > 0 else 1 - levels
     moved = (1 - share) * low + share * low**3
     return moved if emphasis > 0 else 1 - moved
+
+
+def _size_shift(family: Family, config: Any, times: TimesConfig) -> SizeShift:
+    if times.shift is not None:
+        raise ConfigError("times.dynamic and times.shift are two shifts; leave one out")
+    if not config.get("use_dynamic_shifting") or family.name == "flux2":  # FLUX.2's depends on the steps of sampling
+        raise ConfigError(f"times.dynamic: the scheduler of this {family.name!r} has no shift by size; leave it off")
+    return SizeShift(
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+        config.get("time_shift_type", "exponential") == "exponential",
+    )
 
 
 def _shifted(sigma: Tensor, shift: float) -> Tensor:

@@ -119,6 +119,8 @@ class BackboneConfig(Section):
 
     precision: Precision = "nf4"
     """Linear layers of the denoiser; what stays in 16 bits is listed when training starts."""
+    text_encoders: Literal["int8", "nf4"] | None = None
+    """Linear layers of the text encoders; None: as they compute."""
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -148,6 +150,8 @@ class TimesConfig(Section):
     """Above 0 more of the low noise that makes the look, below 0 more of the high noise that makes the layout."""
     shift: float | None = Field(None, gt=0)
     """Above 1 moves times to the noisy end; None: the base's own shift."""
+    dynamic: bool = False
+    """The shift that the base's scheduler has for the size of each picture (FLUX, Qwen-Image, Lumina 2, …)."""
 
 
 class PriorConfig(Section):

@@ -103,5 +103,21 @@ def test_a_base_that_is_not_there_is_one_sentence(given: TrainConfig) -> None:
         plan_memory(given.changed("base=./nowhere"))
 
 
+def test_text_encoders_count_when_they_are_trained_and_less_when_they_are_quantised(given: TrainConfig) -> None:
+    plain, trained = (plan_memory(given.changed(*more), gpu=False) for more in ((), ('text.train=["text_encoder"]',)))
+    encoder = load_pipeline(given.base, precision="fp32", device="cpu").pipe.text_encoder
+    assert trained.this_run.weights - plain.this_run.weights == weight_bytes(encoder)
+    with attach(encoder, LoRA(4), "attention") as attachment:
+        more = sum(p.numel() for p in attachment.parameters())
+    assert trained.this_run.trained - plain.this_run.trained == more
+    assert trained.this_run.activations > plain.this_run.activations
+    assert trained.columns[0] == plain.columns[0]
+    packed = plan_memory(given.changed("backbone.text_encoders=nf4"), gpu=False)
+    assert packed.encoding < plain.encoding
+    cheap = plan_memory(given.changed("train.optimizer=adafactor", "train.ema=0.9"), gpu=False).this_run
+    assert cheap.optimizer < plain.this_run.optimizer / 2
+    assert cheap.average == cheap.adapter
+
+
 def test_a_cost_adds_up() -> None:
-    assert Cost("x", 1, 2, 3, 4, 5, 6).peak == 20
+    assert Cost("x", 1, 2, 3, 4, 5, 6, 7).peak == 27

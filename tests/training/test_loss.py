@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from lora_diffusion import TrainConfig, train
@@ -79,6 +80,24 @@ def test_a_shift_of_its_own_replaces_the_schedulers_in_training_and_not_in_measu
         peer.set_timesteps(sigmas=plain.tolist())
         torch.testing.assert_close(objective.draw(9, torch.Generator().manual_seed(0)), peer.sigmas[:-1])
     assert torch.equal(base.grid(8), shifted.grid(8))
+
+
+@pytest.mark.parametrize("tokens", [16, 1024, 4096])
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_shift_by_size_is_the_schedulers_own(tokens: int, kind: str) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    objective = objective_for(FLUX, scheduler, TimesConfig(dynamic=True))
+    plain = objective_for(FLUX, scheduler, TimesConfig(shift=1.0)).draw(9, torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(sigmas=plain.tolist(), mu=calculate_shift(tokens))
+    torch.testing.assert_close(objective.draw(9, torch.Generator().manual_seed(0), tokens), scheduler.sigmas[:-1])
+
+
+def test_a_shift_by_size_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no shift by size"):
+        objective_for(FLUX, FlowMatchEulerDiscreteScheduler(), TimesConfig(dynamic=True))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ConfigError, match="two shifts"):
+        objective_for(FLUX, scheduler, TimesConfig(dynamic=True, shift=3.0))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, load_adapter, train
+from lora_diffusion import AdapterStack, LoRA, LoraDiffusionError, TrainConfig, attach, load_adapter, train
 from lora_diffusion.families import family_of
 from lora_diffusion.pipelines import load_pipeline
+from lora_diffusion.quantize import dequantize, is_quantized
 from lora_diffusion.training.loop import Run
 from lora_diffusion.training.preparation import prepare
 from lora_diffusion.training.processes import Processes
@@ -128,3 +129,29 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path, text: dict[str, Any], m
     with pytest.raises(LoraDiffusionError, match=match):
         train(TrainConfig.parse(given(tmp_path, text=text)))
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantised_text_encoders_say_what_their_weights_say_and_train(tmp_path: Path, precision: Any) -> None:
+    tiny.flux().save_pretrained(tmp_path / "base")
+    plain, packed = (
+        load_pipeline(tmp_path / "base", precision="fp32", device="cpu", text_encoders=each).pipe
+        for each in (None, precision)
+    )
+    linear = packed.text_encoder_2.encoder.block[0].layer[0].SelfAttention.q
+    assert linear.weight.dtype == (torch.int8 if precision == "int8" else torch.uint8)
+    if precision == "nf4":
+        assert packed.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    family = family_of(plain)
+    with attach(packed.text_encoder_2, LoRA(2), "attention", component="text_encoder_2") as attachment:
+        heard, meant = (family.encode_prompts(pipe, ["a red fox"]) for pipe in (packed, plain))
+        heard["states"].square().sum().backward()
+        assert all(p.grad is not None for name, p in attachment.named_parameters() if name.endswith(".up"))
+    for name in ("text_encoder", "text_encoder_2"):  # what it says is what the quantised weights say
+        for inner, layer in getattr(packed, name).named_modules():
+            if is_quantized(layer):
+                getattr(plain, name).get_submodule(inner).weight.data = dequantize(layer)
+    exact = family.encode_prompts(plain, ["a red fox"])
+    for name, states in exact.items():
+        assert tiny.error(heard[name].detach(), states) < 1e-4
+        assert tiny.error(states, meant[name]) > 1e-4
