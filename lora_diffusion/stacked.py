@@ -13,6 +13,7 @@ from lora_diffusion.fitting import Fit, Site
 from lora_diffusion.gates import Resolved, Weight
 from lora_diffusion.lora import Pair, Part
 from lora_diffusion.methods import METHODS
+from lora_diffusion.products import pair_norm
 from lora_diffusion.resident import Met
 
 
@@ -49,9 +50,8 @@ class Stacked:
         if site not in self.norms:
             part = self.part(site, layer)
             if isinstance(part, Pair):
-                down, up = part.down.double().flatten(1), part.up.double().reshape(-1, part.rank)
-                square = float(((up.t() @ up) * (down @ down.t())).sum())
-                self.norms[site] = abs(part.scale) * math.sqrt(max(0.0, square))
+                up = part.up.double().reshape(-1, part.rank).t()
+                self.norms[site] = pair_norm(part.down.double(), up, part.scale)
             else:
                 adapter = self.layers[site]
                 self.norms[site] = float(METHODS[adapter.method].delta(adapter, layer).double().norm())
