@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from lora_diffusion.pipelines import load_pipeline as load_pipeline
     from lora_diffusion.stack import AdapterStack as AdapterStack
     from lora_diffusion.training.config import TrainConfig as TrainConfig
-    from lora_diffusion.training.loop import TrainResult as TrainResult
     from lora_diffusion.training.loop import train as train
+    from lora_diffusion.training.results import TrainResult as TrainResult
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _HOMES = {
     "Region": "gates",
     "TargetError": "errors",
     "TrainConfig": "training.config",
-    "TrainResult": "training.loop",
+    "TrainResult": "training.results",
     "attach": "attachment",
     "bake": "merging",
     "conflicts": "merging",

@@ -23,10 +23,12 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.branches import Branch
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, some
+from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Pair, Part, Slot, place, slot_of, take_off
-from lora_diffusion.methods import METHODS, Method
+from lora_diffusion.methods import METHODS, Course, Method, resumed, written
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.methods.starts import StartBranch, difference, first_half
+from lora_diffusion.methods.tlora import TLoRABranch
 from lora_diffusion.products import pair_norm
 from lora_diffusion.targets import Targets, find_targets
 
@@ -43,6 +45,8 @@ class Attachment:
         self.model, self.component, self.slots = model, component, slots
         self._starts = {name: new for name, new in fresh.items() if _is_away(new)}
         self._fresh = fresh  # what the slots were made of: method, alpha, shapes
+        self.course: Course | None = None
+        self.fading: Fading | None = None  # of T-LoRA: what acts at which noise
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -69,6 +73,30 @@ class Attachment:
             {"params": others, "lr": lr, "ratio": 1.0},
             {"params": ups, "lr": lr * up_ratio, "ratio": up_ratio},
         ]
+
+    def begin(self, method: Method, steps: int) -> None:
+        """Set `course`, what the method does beside the optimiser in a run of `steps`; most do nothing."""
+        begin, layers = getattr(method, "course", None), {name: _held(slot) for name, slot in self.slots.items()}
+        self.course = None if begin is None else begin(layers, steps)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: the parameters, and what the course keeps."""
+        parameters = {name: p.detach() for name, p in self.named_parameters()}
+        return parameters | (self.course.state() if self.course else {})
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(state[name])
+        if self.course:
+            self.course.restore(state)
+
+    def at(self, noise: Tensor) -> None:
+        """Tell what fades the noise of each picture of the next call: (batch,), from 0 for none to 1."""
+        for branch in (branch for slot in self.slots.values() for branch in slot.branches):
+            if self.fading is not None and isinstance(branch, TLoRABranch):
+                branch.fade(self.fading, noise)
 
     def weigh(self, weight: float) -> None:
         """Turn what is being trained to another strength; 0 makes the model its own frozen teacher."""
@@ -100,16 +128,18 @@ class Attachment:
         """A copy of the trained tensors in the neutral form.
 
         Layers that began away from 0 are given as what training added, a pair of twice the rank, so that they fit the
-        base as it is.
+        base as it is; AdaLoRA's as plain LoRA with the ranks that are left.
         """
-        layers = {layer: _layer_adapter(slot, self._fresh[layer], dtype) for layer, slot in self.slots.items()}
+        layers = {layer: _layer_adapter(slot, self._fresh[layer]) for layer, slot in self.slots.items()}
         for layer, start in self._starts.items():
             layers[layer] = difference(layers[layer], start)
-        return Adapter(name, {self.component: layers})
+        cast = {layer: _cast(one, dtype) for layer, one in written(layers).items()}
+        said = replace(self.fading, rows=2).metadata() if self.fading else {}
+        return Adapter(name, {self.component: cast}, metadata=said)
 
     def load(self, adapter: Adapter) -> None:
         """Copy an adapter's tensors into the slots. AdapterMismatchError unless layers and shapes are the same."""
-        theirs = dict(adapter.layers.get(self.component, {}))
+        theirs = resumed(adapter.layers.get(self.component, {}), self._fresh)
         for name in self._starts.keys() & theirs.keys():
             theirs[name] = first_half(theirs[name]) if theirs[name].method == "lora" else theirs[name]
         if theirs.keys() != self.slots.keys():
@@ -181,6 +211,7 @@ def attach(
         raise ConfigError(f"method {method.name!r}: dropout is {dropout}, but it has no rank axis to drop from")
     slots = {name: Slot(layers[name], part, trainable=True) for name, part in parts.items()}
     attachment = Attachment(model, component, slots, new)
+    attachment.fading = getattr(method, "fading", None)
     model.requires_grad_(False)
     for name, slot in slots.items():
         slot.dropping = dropping if dropping != Dropping() else None
@@ -255,10 +286,14 @@ def _copy(slot: Slot, adapter: LayerAdapter, fresh: LayerAdapter, who: str) -> N
         parameter.copy_(packed.reshape(parameter.shape))
 
 
-def _layer_adapter(slot: Slot, fresh: LayerAdapter, dtype: torch.dtype) -> LayerAdapter:
+def _layer_adapter(slot: Slot, fresh: LayerAdapter) -> LayerAdapter:
     tensors: dict[str, Tensor] = {}
     for key, parameter in _held(slot).items():
         tensor = parameter.detach().t() if slot.pairs and key == "up" else parameter.detach()
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        tensors[key] = tensor.reshape(fresh.tensors[key].shape).to("cpu", kind, copy=True).contiguous()
+        tensors[key] = tensor.reshape(fresh.tensors[key].shape).to("cpu", copy=True).contiguous()
     return replace(fresh, tensors=tensors)
+
+
+def _cast(layer: LayerAdapter, dtype: torch.dtype) -> LayerAdapter:
+    cast = {key: t.to(dtype) if t.is_floating_point() else t for key, t in layer.tensors.items()}
+    return replace(layer, tensors=cast)

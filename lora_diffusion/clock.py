@@ -21,13 +21,14 @@ class Clock:
         self._seen: Tensor | None = None  # the scheduler's timesteps of the current run: new ones with each run
         self._times = torch.zeros(1)
         self._start = 0
+        self.noise = 0.0  # of that call, in [0, 1]: its timestep over those that there are in training
         self.step = 0  # of the call that progress was last asked for, from 0
 
     def progress(self, timestep: Any) -> float:
         """Progress in [0, 1] at `timestep` (a number or (batch,)), as the denoiser gets it."""
         timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
         if timestep is None or not isinstance(timesteps, Tensor) or not len(timesteps):
-            self.step = 0
+            self.step, self.noise = 0, 0.0
             return 0.0
         started = self._seen is timesteps
         if not started:
@@ -36,6 +37,8 @@ class Clock:
         index = self._index(float(torch.as_tensor(timestep).double().flatten()[0]))
         if not started or index < self._start:
             self._start = index
+        count = getattr(self.pipe.scheduler, "config", {}).get("num_train_timesteps", 1000)
+        self.noise = min(1.0, float(self._times[index]) / count)
         steps, self.step = len(self._times) - 1 - self._start, index - self._start
         return self.step / steps if steps else 0.0
 

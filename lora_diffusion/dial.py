@@ -6,6 +6,7 @@ gains = scales * numbers[owner]. Weights by image or place are built by the slot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from lora_diffusion.clock import Clock
 from lora_diffusion.composing import Composition, alone, averaged, repeated
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.gates import Call, Level, Resolved, entry_gate, is_live, number_at
+from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Slot
 
 
@@ -31,6 +33,7 @@ class Entry:
     rank: int
     scale: float
     level: Level = 0.0
+    fading: Fading | None = None  # a denoiser's rows that act by the noise
 
 
 class Dial:
@@ -44,6 +47,9 @@ class Dial:
         self._by_layer: dict[str, list[int]] = {}
         self._numbers: list[float] = []
         self._scheduled: list[int] = []
+        self._fading: list[int] = []  # entries whose rows act by the noise
+        self._active: list[float] = [math.inf]  # how many rows of each entry do
+        self._place = torch.zeros(0, dtype=torch.long)  # of each row among those of its entry
         self._gains = torch.zeros(0)
         self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         self._hooks: tuple[RemovableHandle, ...] = ()
@@ -59,11 +65,12 @@ class Dial:
         weights: Mapping[str, Resolved],
         composition: Composition | None = None,
         factors: Mapping[tuple[str, str], float] = MappingProxyType({}),
+        fadings: Mapping[str, Fading] = MappingProxyType({}),
     ) -> None:
         """Take over the gates of these slots (layer name -> slot) at these weights (adapter -> levels).
 
         Only a denoiser's adapters are composed in any other way than by their sum. `factors` by (adapter, layer)
-        stand beside the scales; 1 where there is none.
+        stand beside the scales; 1 where there is none. `fadings` by adapter say which rows act at which noise.
         """
         self.slots, self._order = dict(slots), list(weights)
         self.composition = composition if composition is not None and self.clock is not None else Composition()
@@ -78,8 +85,14 @@ class Dial:
             ranks = [rank for _, rank, _ in slot.entries]
             owner += [*self._by_layer[layer], -1]  # rows in reserve belong to the last number, which is 0
             rows += [*ranks, slot.rows - sum(ranks)]
+            for entry in self.entries[first : first + len(slot.pairs)]:
+                entry.fading = fadings.get(entry.name) if self.clock is not None else None
         self._numbers = [0.0] * (len(self.entries) + 1)
-        self._owner = torch.tensor(owner, dtype=torch.long).repeat_interleave(torch.tensor(rows, dtype=torch.long))
+        self._fading = [i for i, entry in enumerate(self.entries) if entry.fading is not None]
+        self._active = [math.inf] * len(self._numbers)
+        counts = torch.tensor(rows, dtype=torch.long)
+        self._owner = torch.tensor(owner, dtype=torch.long).repeat_interleave(counts)
+        self._place = torch.arange(len(self._owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         self._scales = torch.tensor([*(entry.scale for entry in self.entries), 0.0])[self._owner]
         self._share()
         self.turn(weights)
@@ -100,7 +113,7 @@ class Dial:
         for layer, slot in self.slots.items():
             slot.live = self._builder(layer) if self._is_live(layer) else None
         self.write()
-        changing = len(self._taking_part) > 1 or any(not isinstance(e.level, float) for e in self.entries)
+        changing = len(self._taking_part) > 1 or any(not isinstance(e.level, float) or e.fading for e in self.entries)
         repeating = self.composition.times(self._taking_part) > 1
         self._listen(before=self.clock is not None and changing, after=repeating)
 
@@ -124,7 +137,10 @@ class Dial:
         """All gates at once, in place: no graph sees a new tensor."""
         if any(slot.gate._base is not self._gains for slot in self.slots.values()):
             self._share()  # the model was moved or cast in between
-        self._gains.copy_(torch.tensor(self._numbers)[self._owner] * self._scales)
+        gains = torch.tensor(self._numbers)[self._owner] * self._scales
+        if self._fading:
+            gains = gains * (self._place < torch.tensor(self._active)[self._owner])
+        self._gains.copy_(gains)
         for layer, slot in self.slots.items():
             numbers = tuple(self._numbers[i] for i in self._by_layer[layer])
             slot.weights = numbers
@@ -155,7 +171,11 @@ class Dial:
         self._turn = turn
         for i in changing:
             self._numbers[i] = self._number(self.entries[i], self.call.progress)
-        if changing:
+        for i in self._fading:
+            fading = self.entries[i].fading
+            assert fading is not None
+            self._active[i] = fading.active(self.entries[i].rank, self.clock.noise)
+        if changing or self._fading:
             self.write()
         times, x = self.composition.times(self._taking_part), _sample(args, kwargs)
         if times > 1 and isinstance(x, Tensor):
@@ -168,12 +188,16 @@ class Dial:
         return averaged(out, times) if times > 1 else out
 
     def _builder(self, layer: str) -> Callable[[int, Sequence[int]], Tensor]:
-        entries, slot = [self.entries[i] for i in self._by_layer[layer]], self.slots[layer]
+        numbers, slot = self._by_layer[layer], self.slots[layer]
+        entries = [self.entries[i] for i in numbers]
 
         def build(batch: int, shape: Sequence[int]) -> Tensor:
             gates = [self._gate(entry, batch, shape) for entry in entries]
             size = torch.broadcast_shapes(*(gate.shape for gate in gates))
-            columns = [g.expand(*size[:2], e.rank) for g, e in zip(gates, entries, strict=True)]
+            columns = [
+                gate.expand(*size[:2], self.entries[i].rank) * (torch.arange(self.entries[i].rank) < self._active[i])
+                for gate, i in zip(gates, numbers, strict=True)
+            ]
             spare = torch.zeros(*size[:2], slot.rows - sum(e.rank for e in entries))
             return torch.cat([*columns, spare], dim=-1).to(slot.down.device)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
-from lora_diffusion.errors import ConfigError
+from lora_diffusion.errors import ConfigError, some
 from lora_diffusion.layers import frozen_weight
 from lora_diffusion.lora import Slot
-from lora_diffusion.methods import METHODS, bias_change
+from lora_diffusion.methods import METHODS, bias_change, is_dense
 
 Shares = Mapping[str, LayerAdapter]  # adapter -> its share of one layer
 
@@ -36,14 +36,16 @@ class Fusion:
 def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
     """Merge each slot into its layer (name -> layer, slot, what each adapter has there) and put it to sleep.
 
-    ConfigError, and nothing changed, where a weight is not stored as floating-point numbers, and where an adapter
-    changes a bias that the layer does not have.
+    ConfigError, and nothing changed, where a weight is not stored as floating-point numbers, where an adapter changes a
+    bias that the layer does not have, and for a method that is no change of a weight.
     """
     awake = {name: parts for name, parts in layers.items() if not parts[1].idle}
     for name, (layer, _, shares) in awake.items():
         weight = frozen_weight(layer)
         if not weight.is_floating_point() or weight.is_meta:
             raise ConfigError(f"fuse: {name} ({type(layer).__name__}) is quantised or offloaded; use it unfused")
+        if other := [one.method for one in shares.values() if not is_dense(one.method)]:
+            raise ConfigError(f"fuse: {name} carries {some(other)}, which is no change of a weight; use it unfused")
         if getattr(layer, "bias", None) is None and any(bias_change(one) is not None for one in shares.values()):
             raise ConfigError(f"fuse: {name} has no bias, and an adapter changes one; use it unfused")
     kept: list[tuple[Tensor, Tensor]] = []

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from lora_diffusion.composing import Composition
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.files import load_adapter
 from lora_diffusion.gates import spell_weight
 from lora_diffusion.library import by_image
+from lora_diffusion.sheet import write_picture
 from lora_diffusion.stack import AdapterStack
 
 RECIPE = "lora_diffusion"  # the PNG text chunk that says how a picture was made
@@ -24,10 +25,10 @@ RECIPE = "lora_diffusion"  # the PNG text chunk that says how a picture was made
 
 @dataclass(frozen=True)
 class Drawing:
-    """How to draw. `size` in pixels (None: the pipeline's own); `extra` goes to the pipeline as it is."""
+    """How to draw. `guidance` None and `size` None: the pipeline's own; `extra` goes to the pipeline as it is."""
 
     steps: int = 30
-    guidance: float = 5.0
+    guidance: float | None = None
     size: tuple[int, int] | None = None  # width, height
     negative: str | None = None
     batch: int = 8
@@ -62,9 +63,26 @@ def draw(
         batch = list(prompts[start : start + how.batch])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + how.batch]]
         with torch.inference_mode():
-            pictures += pipe(batch, generator=generators, **_arguments(how, len(batch))).images
+            pictures += pipe(batch, generator=generators, **_arguments(pipe, how, len(batch))).images
         listen(len(pictures))
     return pictures
+
+
+def reconstructed(pipe: Any, pictures: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
+    """Pictures as the pipeline's own VAE gives them back at (width, height): what no drawing can be sharper than.
+
+    Unchanged where the VAE is none of the common kind (`AutoencoderKL`).
+    """
+    vae = pipe.vae
+    if not isinstance(vae, AutoencoderKL):
+        return list(pictures)
+    drawn: list[Image.Image] = []
+    for start in range(0, len(pictures), 16):
+        given = pipe.image_processor.preprocess(list(pictures[start : start + 16]), *reversed(size))
+        with torch.inference_mode():
+            latents = vae.encode(given.to(vae.device, vae.dtype)).latent_dist.mode()
+            drawn += pipe.image_processor.postprocess(vae.decode(latents).sample, "pil")
+    return drawn
 
 
 def draw_order(
@@ -87,9 +105,14 @@ def draw_order(
     return made
 
 
-def _arguments(how: Drawing, count: int) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"num_inference_steps": how.steps, "guidance_scale": how.guidance, **how.extra}
+def _arguments(pipe: Any, how: Drawing, count: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"num_inference_steps": how.steps, **how.extra}
+    if how.guidance is not None:
+        arguments["guidance_scale"] = how.guidance
     if how.size is not None:
+        multiple = getattr(pipe, "vae_scale_factor", 8)
+        if any(side % multiple for side in how.size):
+            raise ConfigError(f"size {how.size[0]}x{how.size[1]}: both sides must be multiples of {multiple} here")
         arguments |= {"width": how.size[0], "height": how.size[1]}
     if how.negative is not None:
         arguments["negative_prompt"] = [how.negative] * count
@@ -116,9 +139,7 @@ def recipe(
 
 def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None:
     """Write a PNG that carries its recipe."""
-    info = PngInfo()
-    info.add_text(RECIPE, json.dumps(made, ensure_ascii=False, default=dict))
-    picture.save(path, pnginfo=info)
+    write_picture(picture, path, {RECIPE: json.dumps(made, ensure_ascii=False, default=dict)})
 
 
 @dataclass(frozen=True)
@@ -157,7 +178,8 @@ def _remake(made: dict[str, Any]) -> Remake:
         raise ValueError("prompts, seeds and weights are not as many")
     order = Order([str(p) for p in batch["prompts"]], [int(s) for s in batch["seeds"]], weights)
     size = None if made["size"] is None else (int(made["size"][0]), int(made["size"][1]))
-    how = Drawing(int(made["steps"]), float(made["guidance"]), size, made["negative"], batch=count)
+    guidance = None if made["guidance"] is None else float(made["guidance"])
+    how = Drawing(int(made["steps"]), guidance, size, made["negative"], batch=count)
     files = tuple((str(one["name"]), str(one["file"]), str(one["sha256"])) for one in adapters)
     return Remake(
         order, range(count)[int(batch["index"])], how, str(made["base"]), made["precision"], files, _composition(made)

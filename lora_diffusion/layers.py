@@ -19,6 +19,13 @@ def is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
 
 
+def is_norm(layer: nn.Module) -> bool:
+    """Whether it is torch's LayerNorm, GroupNorm or RMSNorm, or Diffusers' own RMSNorm, and has a scale."""
+    known = isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
+    known = known or (type(layer).__name__ == "RMSNorm" and hasattr(layer, "eps"))
+    return known and isinstance(getattr(layer, "weight", None), Tensor)
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """`model.get_submodule(name)`, ten times as fast; KeyError where there is none."""
     for part in name.split("."):

@@ -11,16 +11,17 @@ from typing import Any
 
 from PIL import Image
 
-from lora_diffusion.data.examples import find_examples
+from lora_diffusion.data.examples import Example, find_examples
 from lora_diffusion.data.pictures import open_picture
 from lora_diffusion.errors import AdapterMismatchError, ConfigError
-from lora_diffusion.generating import Drawing, draw
+from lora_diffusion.generating import Drawing, draw, reconstructed
 from lora_diffusion.inspection.style import style_score
 from lora_diffusion.pipelines import Opened, load_for_drawing
-from lora_diffusion.sheet import contact_sheet
+from lora_diffusion.sheet import contact_sheet, write_picture
 from lora_diffusion.stack import AdapterStack
 from lora_diffusion.training.config import TrainConfig, override
 
+SHIPPED_GUIDANCE = 1.5  # what the base in samples/ draws best with
 Listener = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -43,7 +44,7 @@ class Shown:
     grid: Path
     score_before: float
     score_after: float
-    scored: int  # held-out things
+    scored: int  # held-out things, or all where none were held out by name
     second: str | None  # name of the second adapter, None when it does not fit the base
     seconds: dict[str, float]
 
@@ -117,21 +118,26 @@ def _grid(plan: Plan, opened: Opened, stack: AdapterStack, style: str, second: s
     path = plan.out / "grid.png"
     rows = [list(row) for row in zip(*drawn, strict=True)]
     title = f"{plan.config.name}, trained over {plan.config.backbone.precision}"
-    contact_sheet(rows, plan.rows, [name for name, *_ in columns], title=title).save(path)
+    write_picture(contact_sheet(rows, plan.rows, [name for name, *_ in columns], title=title), path)
     return path
 
 
 def _score(plan: Plan, opened: Opened, stack: AdapterStack, style: str, listen: Listener) -> tuple[float, float, int]:
-    """How far drawings of held-out things are from the plain look (0) to the pack's (1), before and after."""
+    """How far drawings of held-out things are from the plain look (0) to the pack's (1), before and after.
+
+    Both looks are those of true pictures as the base's VAE gives them back: its blur is no style.
+    """
     data = plan.config.data
-    truth = find_examples(data.folder)
-    inside = data.heldout.resolve() if isinstance(data.heldout, Path) else None
-    heldout = [e for e in truth if inside and e.picture.resolve().is_relative_to(inside)] or truth
-    references = [open_picture(e.picture) for e in truth if e not in heldout] or [
-        open_picture(e.picture) for e in truth
-    ]
-    others = [open_picture(e.picture) for e in find_examples(plan.plain)]
-    things, scores = [e.caption for e in heldout], list[float]()
+    truth, heldout = find_examples(data.folder), list[Example]()
+    if isinstance(data.heldout, Path):
+        heldout = find_examples(data.heldout)
+    kept = {e.picture.resolve() for e in heldout}
+    size = plan.how.size or (data.resolution, data.resolution)
+    references, others = (
+        reconstructed(opened.pipe, [open_picture(e.picture) for e in examples], size)
+        for examples in ([e for e in truth if e.picture.resolve() not in kept], find_examples(plan.plain))
+    )
+    things, scores = [e.caption for e in heldout or truth], list[float]()
     for strength in (0.0, 1.0):
         stack.weigh(style, strength)
         listen("scoring the style", len(scores) * len(things), 2 * len(things))

@@ -25,6 +25,7 @@ from lora_diffusion.errors import ConfigError, TargetError, did_you_mean
 from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Weight, resolve_weight
+from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import submodule
 from lora_diffusion.lora import Slot, place, slot_of, take_off
 from lora_diffusion.resident import Residents
@@ -88,7 +89,8 @@ class AdapterStack:
         found.check(adapter, self.components) if strict else found.check_any(adapter)
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in self._stacked.values()), name)
         left_out = {} if strict else adapter.unused | found.unplaced
-        self._stacked[name] = Stacked(name, adapter, weight, resolved, met, left_out)
+        fading = fading_of(adapter.metadata, name)
+        self._stacked[name] = Stacked(name, adapter, weight, resolved, met, left_out, fading=fading)
         self._repack(found.layers)
         self._retoken(adapter)
         return name
@@ -139,7 +141,7 @@ class AdapterStack:
         self._refuse_if_fused()
         if self.composition.mode != "sum":
             raise ConfigError(f"fuse: the stack composes by {self.composition.mode}, step by step; fusing is a sum")
-        if any(not isinstance(e.level, float) for dial in self._dials.values() for e in dial.entries):
+        if any(not isinstance(e.level, float) or e.fading for dial in self._dials.values() for e in dial.entries):
             raise ConfigError("fuse: a weight changes by step, image or place, and a fused one cannot; weigh first")
         self._fusion = fuse(
             {
@@ -265,7 +267,8 @@ class AdapterStack:
             layers = {name: submodule(model, name) for c, name in sorted(sites) if c == component}
             slots = {name: slot for name, layer in layers.items() if (slot := slot_of(layer)) is not None}
             even = balance(list(self._stacked.values()), layers, component) if self.composition.balance else {}
-            self._dials[component].bind(slots, weights, self.composition, even)
+            fadings = {name: stacked.fading for name, stacked in self._stacked.items() if stacked.fading}
+            self._dials[component].bind(slots, weights, self.composition, even, fadings)
 
     def _retoken(self, adapter: Adapter) -> None:
         if adapter.embeddings:

@@ -11,8 +11,9 @@ from torch import nn
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.fitting import Fit, Site
 from lora_diffusion.gates import Resolved, Weight
+from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Pair, Part
-from lora_diffusion.methods import METHODS
+from lora_diffusion.methods import METHODS, is_dense
 from lora_diffusion.products import pair_norm
 from lora_diffusion.resident import Met
 
@@ -29,6 +30,7 @@ class Stacked:
     left_out: dict[str, str] = field(default_factory=dict)  # of the file, not on -> why; empty unless added leniently
     pairs: dict[Site, Pair] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)
+    fading: Fading | None = None  # which of its rows act at which noise, in a denoiser
 
     @property
     def layers(self) -> dict[Site, LayerAdapter]:
@@ -52,6 +54,8 @@ class Stacked:
             if isinstance(part, Pair):
                 up = part.up.double().reshape(-1, part.rank).t()
                 self.norms[site] = pair_norm(part.down.double(), up, part.scale)
+            elif not is_dense(self.layers[site].method):
+                self.norms[site] = 0.0  # it has none, and `balance` leaves it as it is
             else:
                 adapter = self.layers[site]
                 self.norms[site] = float(METHODS[adapter.method].delta(adapter, layer).double().norm())

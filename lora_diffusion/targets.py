@@ -1,7 +1,8 @@
 """Which layers an adapter goes on: presets for U-Nets, diffusion transformers and text encoders, and globs.
 
 A target is a preset, presets joined by "+" ("attention+ff+conv"), a glob over layer names
-("up_blocks.*.attn2.to_*"), or a list of these. Every part must match something.
+("up_blocks.*.attn2.to_*"), or a list of these. Every part must match something. Normalisations are found by the preset
+"norm", and by a glob that matches them alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lora_diffusion.errors import TargetError, did_you_mean, some
-from lora_diffusion.layers import is_convolution, is_linear
+from lora_diffusion.layers import is_convolution, is_linear, is_norm
 from lora_diffusion.lora import SLOT
 
 Targets = str | Sequence[str]
@@ -47,6 +48,7 @@ PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "ff": lambda name, layer: _is_ff(name, layer) or _is_mix(name, layer),
     "all-linear": lambda name, layer: is_linear(layer),
     "conv": lambda name, layer: is_convolution(layer),
+    "norm": lambda name, layer: is_norm(layer),
 }
 
 
@@ -55,7 +57,7 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if name and SLOT not in name.split(".") and (is_linear(layer) or is_convolution(layer))
+        if name and SLOT not in name.split(".") and (is_linear(layer) or is_convolution(layer) or is_norm(layer))
     }
     parts = [part.strip() for target in ([targets] if isinstance(targets, str) else targets) for part in _split(target)]
     if not parts:
@@ -63,6 +65,7 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     chosen: set[str] = set()
     for part in parts:
         matches = {name for name, layer in layers.items() if _matches(part, name, layer)}
+        matches = {name for name in matches if part in PRESETS or not is_norm(layers[name])} or matches
         if not matches:
             raise TargetError(_no_match(part, model, layers))
         chosen |= matches
@@ -81,4 +84,4 @@ def _matches(part: str, name: str, layer: nn.Module) -> bool:
 def _no_match(part: str, model: nn.Module, layers: dict[str, nn.Module]) -> str:
     near = did_you_mean(part, [*PRESETS, *layers])
     hint = near or f"; there are presets {', '.join(PRESETS)} and layers such as {some(list(layers))}"
-    return f"target {part!r} matches no linear or convolution layer of {type(model).__name__}{hint}"
+    return f"target {part!r} matches no linear, convolution or norm layer of {type(model).__name__}{hint}"

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -239,4 +238,3 @@ def test_the_error_tree_in_the_docstring_is_the_real_one() -> None:
     assert sorted(drawn) == sorted(
         name for name in real if issubclass(getattr(errors, name), errors.LoraDiffusionError)
     )
-    assert all(earlier != later for earlier, later in pairwise(drawn))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lora_diffusion import LoRA, attach, save_adapter
+from lora_diffusion import AdapterStack, LoRA, attach, quickstart, save_adapter
+from lora_diffusion.data.examples import find_examples
+from lora_diffusion.data.pictures import open_picture
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.quickstart import find_samples, plan, show
+from lora_diffusion.generating import reconstructed
+from lora_diffusion.pipelines import Opened, load_for_drawing
+from lora_diffusion.quickstart import Plan, find_samples, plan, show
 from lora_diffusion.training.loop import train
 from tests import tiny
 from tests.training.pictures import pack
@@ -69,8 +74,6 @@ def test_trains_blends_scores_and_draws(samples: Path, tmp_path: Path) -> None:
     shown = show(chosen, result.adapter, lambda stage, done, total, note="": heard.append((stage, done, total)))
     assert shown.second == "other"
     assert shown.scored == 3
-    assert 0 <= shown.score_before <= 1
-    assert 0 <= shown.score_after <= 1
     assert {stage for stage, done, total in heard if done == total} == {"drawing the grid", "scoring the style"}
     with Image.open(shown.grid) as grid:
         pixels = np.asarray(grid)
@@ -78,13 +81,34 @@ def test_trains_blends_scores_and_draws(samples: Path, tmp_path: Path) -> None:
     assert pixels.std() > 10
 
 
+def test_the_style_score_is_0_for_the_plain_look_and_1_for_the_packs(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = plan(samples, tmp_path / "out", None, [])
+    opened = load_for_drawing(chosen.config.base, None, "cpu")
+    looks = iter((samples / "plain", samples / "pack"))  # what is "drawn" without and with the style
+
+    def drawn(plan: Plan, opened: Opened, prompts: Sequence[str]) -> list[Image.Image]:
+        return reconstructed(opened.pipe, [open_picture(e.picture) for e in find_examples(next(looks))], (32, 32))
+
+    monkeypatch.setattr(quickstart, "_draw", drawn)
+    with AdapterStack(opened.pipe) as stack:
+        style = stack.add(samples / "adapters" / "other.safetensors")
+        before, after, scored = quickstart._score(chosen, opened, stack, style, lambda *args: None)
+    assert before < 0.2
+    assert after > 0.8
+    assert scored == 3
+
+
 def test_another_base_leaves_the_second_adapter_out(samples: Path, tmp_path: Path) -> None:
-    tiny.sd(block_out_channels=(64, 64)).save_pretrained(tmp_path / "other base")
+    tiny.sd(block_out_channels=(32, 96)).save_pretrained(tmp_path / "other base")
     chosen = plan(samples, tmp_path / "out", str(tmp_path / "other base"), [])
     result = train(chosen.config)
     assert result.adapter is not None
     shown = show(chosen, result.adapter, lambda *args: None)
-    assert shown.grid.is_file()
+    assert shown.second is None
+    with Image.open(shown.grid) as grid:
+        assert grid.width < 5 * 128  # base and style twice
 
 
 def test_a_folder_without_samples_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from lora_diffusion import LoRA, TargetError, attach
 from lora_diffusion.targets import find_targets
@@ -43,6 +44,18 @@ def test_globs(sd: DiffusionPipeline) -> None:
     found = find_targets(sd.unet, "mid_block.*.attn2.to_[kv]")
     assert found
     assert all(name.startswith("mid_block.") and name[-1] in "kv" for name in found)
+
+
+def test_norms_are_found_by_their_preset_or_a_glob_that_matches_them_alone(sd: DiffusionPipeline) -> None:
+    norms = find_targets(sd.unet, "norm")
+    assert {type(layer) for layer in norms.values()} == {nn.LayerNorm, nn.GroupNorm}
+    assert "conv_norm_out" in norms
+    assert find_targets(sd.unet, "mid_block.*.norm?").keys() < norms.keys()
+    assert not find_targets(sd.unet, "mid_block.*").keys() & norms.keys()
+    everything = find_targets(sd.unet, "all-linear+conv+norm")
+    assert len(everything) == len(find_targets(sd.unet, "all-linear+conv")) + len(norms)
+    with pytest.raises(TargetError, match="'lora' is not defined on 'down_blocks"):
+        attach(sd.unet, LoRA(2), "norm")
 
 
 @pytest.mark.parametrize("target", ["atention", "up_blocks.*.to_w", ["attention", "nothing.*"], ""])

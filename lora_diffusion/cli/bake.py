@@ -17,7 +17,9 @@ def bake(
     precision: Annotated[
         Literal["fp32", "bf16", "fp16", "nf4"] | None, typer.Option(help="Of the denoiser (default: the base's own).")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Write nf4 although most of the adapter is lost in it.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write nf4 although most of the adapter is lost in it.")
+    ] = False,
 ) -> None:
     """Write weighted adapters into a base model for good.
 

@@ -11,7 +11,7 @@ from lora_diffusion.cli.options import Overwrite, parse_adapter, refuse_existing
 
 
 def conflicts(
-    adapters: Annotated[list[str], typer.Argument(metavar="FILE FILE...", help="Two or more adapter files.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="FILE", help="Two or more adapter files.")],
     picture: Annotated[
         Path | None, typer.Option("--picture", "-p", metavar="PNG", help="Draw overlaps and signs as a heat map too.")
     ] = None,
@@ -23,7 +23,7 @@ def conflicts(
     """
     paths = [parse_adapter(text)[0] for text in adapters]
     if picture is not None:
-        refuse_existing(picture, overwrite)
+        refuse_existing(picture, overwrite, ".png")
 
     from rich.table import Table
 
@@ -31,6 +31,7 @@ def conflicts(
     from lora_diffusion.formats.files import load_adapter
     from lora_diffusion.merging import conflicts as find_conflicts
     from lora_diffusion.merging.picture import heat_map
+    from lora_diffusion.sheet import write_picture
 
     table = Table("adapters", "component", "block", "columns", "rows", "signs", "norms", "weights")
     found = find_conflicts([load_adapter(path) for path in paths])
@@ -40,5 +41,5 @@ def conflicts(
         table.add_row(f"{row.first} / {row.second}", row.component, row.block, *figures, weights)
     console.print(table)
     if picture is not None:
-        heat_map(found).save(picture)
+        write_picture(heat_map(found), picture)
         say(str(picture))

@@ -23,7 +23,7 @@ def convert(
     base: Annotated[
         str | None, typer.Option("--base", "-b", help="Pipeline folder, for families not known by heart.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     strict: Annotated[bool, typer.Option(help="Refuse a file in which something cannot be used.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Say what was written as JSON.")] = False,
 ) -> None:

@@ -46,7 +46,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures to draw of each prompt.")] = 1,
     steps: Steps = 30,
-    guidance: Guidance = 5.0,
+    guidance: Guidance = None,
     size: Size = None,
     negative: Negative = None,
     quantize: Quantize = None,
@@ -70,18 +70,20 @@ def generate(
     """
     if bool(prompts) == bool(remake):
         raise ConfigError("generate: give prompts or --from PICTURE, one of the two")
+    if remake is not None and (base or size or negative or quantize or guidance is not None or count > 1):
+        raise ConfigError("generate: with --from the picture says what is drawn; leave base, size, guidance … away")
     weighted = [parse_adapter(text) for text in adapter or []]
     pixels = parse_size(size)
     total = len(prompts or [""]) * count
     files = [out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(total)]
     for file in files if prompts else [out]:
-        refuse_existing(file, overwrite)
+        refuse_existing(file, overwrite, ".png")
 
     from lora_diffusion.cli.progress import say
     from lora_diffusion.composing import Composition
     from lora_diffusion.generating import Drawing, Order, read_recipe, save_picture
     from lora_diffusion.library import Library, parse_prompts
-    from lora_diffusion.quickstart import find_samples
+    from lora_diffusion.quickstart import SHIPPED_GUIDANCE, find_samples
 
     if remake is not None:
         made = _again(read_recipe(remake), [path for path, _ in weighted], library, device)
@@ -91,6 +93,7 @@ def generate(
         shelf = Library(library)
         found = {name: shelf.find(name) for name in tags}
         order = Order(texts, [seed + i for i in range(total)], tags)
+        guidance = SHIPPED_GUIDANCE if base is None and guidance is None else guidance
         how = Drawing(steps, guidance, pixels, negative)
         model = base or str(find_samples(None) / "base"), quantize, device
         made = _drawn(order, how, weighted, found, model, Composition(compose, every, balance))

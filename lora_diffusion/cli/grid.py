@@ -39,7 +39,7 @@ def grid(
     seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Seeds, with commas between them.")] = "0",
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG file.")] = Path("grid.png"),
     steps: Steps = 30,
-    guidance: Guidance = 5.0,
+    guidance: Guidance = None,
     size: Size = None,
     negative: Negative = None,
     quantize: Quantize = None,
@@ -57,20 +57,21 @@ def grid(
     """
     weighted = [parse_adapter(text) for text in adapter or []]
     pixels = parse_size(size)
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, ".png")
 
     from lora_diffusion.axes import Choices, grid_order, parse_factors
     from lora_diffusion.cli.progress import bar, say
     from lora_diffusion.generating import Drawing, draw_order
     from lora_diffusion.pipelines import load_for_drawing
-    from lora_diffusion.quickstart import find_samples
-    from lora_diffusion.sheet import contact_sheet
+    from lora_diffusion.quickstart import SHIPPED_GUIDANCE, find_samples
+    from lora_diffusion.sheet import contact_sheet, write_picture
     from lora_diffusion.stack import AdapterStack
 
     numbers, factors = _seeds(seeds), parse_factors(weights)
     for axis in (columns, rows):
         if not Choices(prompts, numbers, {str(path): weight for path, weight in weighted}, factors).labels(axis):
             raise ConfigError(f"axis {axis!r} has nothing on it; name adapters with --adapter")
+    guidance = SHIPPED_GUIDANCE if base is None and guidance is None else guidance
     base = base or str(find_samples(None) / "base")
     opened = load_for_drawing(base, quantize, device)
     how = Drawing(steps, guidance, pixels, negative)
@@ -83,7 +84,7 @@ def grid(
     across, down = choices.labels(columns), choices.labels(rows)
     pictures = [[made[r * len(across) + c][0] for c in range(len(across))] for r in range(len(down))]
     title = " + ".join(f"{name} {weight}" for name, weight in choices.adapters.items())
-    contact_sheet(pictures, down, across, title=title).save(out)
+    write_picture(contact_sheet(pictures, down, across, title=title), out)
     say(str(out))
 
 

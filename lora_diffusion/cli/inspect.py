@@ -21,7 +21,9 @@ def inspect(
     base: Annotated[
         str | None, typer.Option("--base", "-b", help="Pipeline folder: also say where every layer goes on it.")
     ] = None,
-    header: Annotated[bool, typer.Option(help="Names, shapes and metadata alone: at once, whatever the size.")] = False,
+    header: Annotated[
+        bool, typer.Option("--header", help="Names, shapes and metadata alone: at once, whatever the size.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, one object a file.")] = False,
 ) -> None:
     """Say what adapter files are, that every tensor in them is used, and how strong they are block by block.

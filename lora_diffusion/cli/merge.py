@@ -14,6 +14,9 @@ def merge(
     adapters: Merging,
     out: Out = Path("merged.safetensors"),
     method: Annotated[str, typer.Option(help="sum, slerp, ties, dare, della or prune.")] = "sum",
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help="Base model; methods other than low-rank pairs need it.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank to write (default: exact for sum and slerp).")] = None,
     density: Annotated[float, typer.Option(help="Share of elements that ties, dare, della and prune keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="For dare and della.")] = 0,
@@ -37,6 +40,7 @@ def merge(
         merged = merge_adapters(
             loaded,
             [weight for _, weight in weighted],
+            base=base,
             method=method,
             rank=rank,
             density=density,

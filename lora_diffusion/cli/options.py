@@ -28,21 +28,26 @@ Quantize = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0, help="Guidance scale (default: the pipeline's own, and 1.5 for the base that ships)."),
+]
 Library = Annotated[
     Path, typer.Option("--library", "-l", metavar="FOLDER", help="Where `<lora:name:weight>` in a prompt looks.")
 ]
 Merging = Annotated[
-    list[str], typer.Argument(metavar="FILE[:WEIGHT]...", help="Adapter files and their weights (default 1).")
+    list[str], typer.Argument(metavar="FILE[:WEIGHT]", help="Adapter files and their weights (default 1).")
 ]
 Compose = Annotated[
     Literal["sum", "switch", "composite"],
     typer.Option(help="How adapters act together: their sum, taking turns, or the mean of what each predicts alone."),
 ]
 Every = Annotated[int, typer.Option(min=1, help="Steps of one turn, for --compose switch.")]
-Balance = Annotated[bool, typer.Option(help="Bring all adapters of a layer to one norm before their weights count.")]
+Balance = Annotated[
+    bool, typer.Option("--balance", help="Bring all adapters of a layer to one norm before their weights count.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Adapter file to write.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 Format = Annotated[str, typer.Option(help="Spelling of the file: diffusers, kohya, comfy, …")]
 Size = Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Picture size (default: the base model's own).")]
 Negative = Annotated[str | None, typer.Option(help="Negative prompt.")]
@@ -73,8 +78,12 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """ConfigError for a file that is there already, or whose folder is not."""
+def refuse_existing(path: Path, overwrite: bool, ending: str = "") -> None:
+    """ConfigError for a file that is there already, whose folder is not, or whose name does not end in `ending`."""
+    if ending and path.suffix.lower() != ending:
+        raise ConfigError(f"{path}: expected a name that ends in {ending}")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; choose a file")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists; choose another --out or say --overwrite")
     if not path.parent.is_dir():

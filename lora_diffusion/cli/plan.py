@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
     from lora_diffusion.inspection.memory import MemoryPlan
 
-ROWS = ("weights", "adapter", "gradients", "optimizer", "activations", "peak")
+ROWS = ("weights", "adapter", "gradients", "optimizer", "average", "activations", "peak")
 
 
 def plan(
     config: Annotated[Path, typer.Argument(help="TOML file with the settings of the run.", metavar="CONFIG.toml")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings to override, such as train.batch=1.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Settings to override, such as train.batch=1.", metavar="KEY=VALUE"),
     ] = None,
     gpu: Annotated[
         float | None, typer.Option(min=0.1, metavar="GIB", help="Memory of the GPU: say what to turn on to fit it.")

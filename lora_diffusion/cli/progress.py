@@ -19,10 +19,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lora_diffusion.inspection.report import write_report
 from lora_diffusion.quickstart import Plan, Shown, show
 from lora_diffusion.training.config import TrainConfig
-from lora_diffusion.training.loop import Progress as Step
-from lora_diffusion.training.loop import TrainResult, train
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.results import Progress as Step
+from lora_diffusion.training.results import TrainResult
 
 STAGES = {"prepare": "encoding pictures", "train": "training", "measure": "measuring on held-out pictures"}
 EVERY = 15.0  # seconds between lines of text where there is no terminal
@@ -93,6 +95,9 @@ def show_training(config: TrainConfig) -> TrainResult:
     if result.report is not None:
         say(str(result.report))
     unchanged = "no byte of the backbone changed" if result.backbone_unchanged else "THE BACKBONE CHANGED"
+    if not result.backbone_unchanged:
+        say(f"{unchanged}: what was trained cannot be trusted; please report this")
+        raise typer.Exit(1)
     if result.adapter is None:
         say(f"interrupted after step {result.steps}, saved; {unchanged}; the same command goes on")
         raise typer.Exit(130)
@@ -100,6 +105,8 @@ def show_training(config: TrainConfig) -> TrainResult:
         f"{result.adapter}: {result.parameters:,} parameters, {_size(result.adapter)}; "
         f"held-out loss {result.heldout_base:.4f} -> {result.heldout_adapter:.4f}; {unchanged}"
     )
+    report, verdict = write_report(config, result)
+    say(f"{verdict}\n{report}")
     return result
 
 
@@ -122,7 +129,7 @@ def _summary(plan: Plan, result: TrainResult, shown: Shown, training: float) -> 
     for stage, seconds in shown.seconds.items():
         table.add_row(stage, f"{seconds:.0f} s")
     table.add_row("held-out loss, base → adapter", f"{result.heldout_base:.4f} → {result.heldout_adapter:.4f}")
-    score = f"{shown.score_before:.2f} → {shown.score_after:.2f} (0: as the base draws, 1: as the pack's true pictures)"
+    score = f"{shown.score_before:.2f} → {shown.score_after:.2f} (0: the base's own look, 1: the pack's)"
     table.add_row(f"style score on {shown.scored} things not in the pack", score)
     table.add_row("backbone", "no byte changed" if result.backbone_unchanged else "CHANGED")
     assert result.adapter is not None

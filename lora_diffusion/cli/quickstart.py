@@ -11,7 +11,7 @@ import typer
 def quickstart(
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings to override, such as train.steps=20.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Settings to override, such as train.steps=20.", metavar="KEY=VALUE"),
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", "-b", help="Another base model: Diffusers folder or hub id.")

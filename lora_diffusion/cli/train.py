@@ -12,14 +12,14 @@ def train(
     config: Annotated[Path, typer.Argument(help="TOML file with the settings of the run.", metavar="CONFIG.toml")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings to override, such as train.steps=100.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Settings to override, such as train.steps=100.", metavar="KEY=VALUE"),
     ] = None,
 ) -> None:
     """Train an adapter on a folder of pictures over a frozen, 4-bit base model.
 
     Ctrl-C saves a checkpoint; the same command goes on from it and ends with the same bytes.
 
-    Example: `lora-diffusion train train_scripts/ink.toml train.steps=200`
+    Example: `lora-diffusion train train_scripts/configs/ink.toml train.steps=200`
     """
     from lora_diffusion.cli.progress import show_training
     from lora_diffusion.training.config import TrainConfig

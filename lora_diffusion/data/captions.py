@@ -11,7 +11,7 @@ from random import Random
 
 from lora_diffusion.errors import ConfigError
 
-__all__ = ["CaptionRules", "caption_variants"]
+__all__ = ["CaptionRules", "caption_variants", "named"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,19 @@ def caption_variants(caption: str, rules: CaptionRules, *, seed: int) -> tuple[s
     return tuple(found)
 
 
+def named(caption: str, trigger: str, subject: str) -> str:
+    """`caption` with `subject` wherever it has `trigger` as a word of its own: "photo of sks" -> "photo of dog"."""
+    return re.sub(_word(trigger), lambda _: subject, caption, flags=re.IGNORECASE)
+
+
 def _missing_trigger(caption: str, trigger: str | None) -> list[str]:
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if not trigger or re.search(_word(trigger), caption, re.IGNORECASE):
         return []
     return [trigger]
+
+
+def _word(trigger: str) -> str:
+    return rf"(?<!\w){re.escape(trigger)}(?!\w)"
 
 
 def _join(tags: list[str], separator: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError
-from lora_diffusion.layers import is_convolution, is_linear
+from lora_diffusion.layers import is_norm
 
 Rows = Callable[[Tensor, int], Tensor]
 
@@ -60,9 +60,7 @@ def swap_halves(layer: LayerAdapter, width: int, name: str) -> LayerAdapter:
 
 def of_norm(layer: LayerAdapter, module: nn.Module) -> LayerAdapter:
     """`diff` and `diff_b` of a normalisation under the names that the method for norms has; others as they are."""
-    weight = getattr(module, "weight", None)
-    is_norm = isinstance(weight, Tensor) and weight.dim() == 1 and not (is_linear(module) or is_convolution(module))
-    if layer.method != "full" or not is_norm:
+    if layer.method != "full" or not is_norm(module):
         return layer
     names = {"diff": "w_norm", "diff_b": "b_norm"}
     return replace(layer, method="norm", tensors={names[key]: tensor for key, tensor in layer.tensors.items()})

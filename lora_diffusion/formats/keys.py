@@ -17,6 +17,7 @@ from typing import NamedTuple
 #: the denoiser of a file whose prefix does not say whether it is a U-Net or a transformer
 DENOISER = "denoiser"
 
+_ENDS = {"weight": "", "bias": "_bias"}  # of a bottleneck adapter's tensors
 #: the suffix after the layer's name -> (method, tensor); "*" goes with any method
 PARTS: dict[str, tuple[str, str]] = {
     "alpha": ("*", "alpha"),
@@ -43,6 +44,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "vera_lambda_b": ("vera", "b"),
     "vera_projection": ("vera", "projection"),
     "bm.weight": ("glora", "bm"),
+    **{
+        f"adapter_{side}.{key}": ("bottleneck", f"{side}{end}") for side in ("down", "up") for key, end in _ENDS.items()
+    },
     **{
         f"{pair}{weight}": ("lora", tensor)
         for tensor, pairs in {

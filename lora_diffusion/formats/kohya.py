@@ -52,6 +52,12 @@ _SUFFIXES: dict[str, dict[str, str]] = {
     "oft": {"blocks": "oft_blocks", "diag": "oft_diag", "rescale": "rescale", "R": "oft_R.weight"},
     "glora": {part: f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
     "vera": {"d": "vera_lambda_d", "b": "vera_lambda_b", "projection": "vera_projection"},
+    "bottleneck": {
+        "down": "adapter_down.weight",
+        "down_bias": "adapter_down.bias",
+        "up": "adapter_up.weight",
+        "up_bias": "adapter_up.bias",
+    },
     "full": {"diff": "diff", "diff_b": "diff_b"},
     "norm": {"w_norm": "w_norm", "b_norm": "b_norm"},
     "set": {"value": "set_weight", "shape": "reshape_weight"},

@@ -28,6 +28,7 @@ from lora_diffusion.quantize import quantize, weight_bytes
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loop import turn_on_checkpointing
 from lora_diffusion.training.objective import losses, objective_for
+from lora_diffusion.training.optimizers import optimizer_bytes
 
 __all__ = ["Cost", "MemoryPlan", "plan_memory", "ways_to_fit"]
 
@@ -46,11 +47,12 @@ class Cost:
     gradients: int
     optimizer: int
     activations: int
+    average: int = 0  # of the adapter, where `train.ema` is set
 
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.average
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def _savings(config: TrainConfig) -> Iterator[tuple[str, ...]]:
         yield ("backbone.precision=int8",)
     if config.backbone.precision != "nf4":
         yield ("backbone.precision=nf4",)
+    if config.train.optimizer == "adamw":
+        yield ("train.optimizer=adamw8bit",)
     batch, accumulate = config.train.batch, config.train.accumulate
     if batch > 1:
         yield ("train.batch=1", f"train.accumulate={batch * accumulate}")
@@ -150,8 +154,12 @@ class _Stage:
             turn_on_checkpointing(denoiser)
         peak, size = self._rehearse(denoiser, config), sum(p.nbytes for p in trained)
         peak = max(peak, 2 * size if self.gpu else size)  # on GPUs AdamW works on all parameters at once
-        adapter = 0 if precision is None else size
-        return Cost(name, sum(p.numel() for p in trained), weights, adapter, size, 2 * size, peak - size)
+        count = sum(p.numel() for p in trained)
+        if precision is None:
+            return Cost(name, count, weights, 0, size, 2 * size, peak - size)
+        average = 0 if config.train.ema is None else size
+        held = optimizer_bytes(config.train.optimizer, trained)
+        return Cost(name, count, weights, size, size, held, peak - size, average)
 
     def encoding(self, waiting: int) -> int:
         """Bytes at the peak of encoding one picture and sixteen captions, `waiting` being the denoiser's."""
@@ -188,7 +196,7 @@ class _Stage:
 def _adapter(denoiser: nn.Module, config: TrainConfig, family: Family) -> list[nn.Parameter]:
     """Fresh slots on the denoiser, as training puts them; their parameters."""
     given = config.adapter
-    method = new_method(given.method, rank=given.rank, alpha=given.alpha, rslora=given.rslora)
+    method = new_method(given.method, given.settings, rank=given.rank, alpha=given.alpha, rslora=given.rslora)
     attachment = attach(denoiser, method, given.targets, component=family.denoiser, dropout=given.dropout)
     for slot in attachment.slots.values():
         slot.to("meta").train()

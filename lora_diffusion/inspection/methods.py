@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 from torch import nn
 
@@ -27,7 +29,7 @@ def registered(model: nn.Module | None = None, targets: Targets = "attention", r
     """Every method, in the registry's order. `model` may be on the meta device; TargetError for unmatched targets."""
     layers = list(find_targets(model, targets).values()) if model is not None else []
     return [
-        MethodRow(name, _about(METHODS[name]), tuple(METHODS[name].tensors), _parameters(name, layers, rank))
+        MethodRow(name, _about(METHODS[name]), tuple(METHODS[name].tensors), count_parameters(name, layers, rank))
         for name in METHODS
     ]
 
@@ -38,14 +40,24 @@ def _about(method: type[Method]) -> str:
     return text.split("\n", 1)[0]
 
 
-def _parameters(name: str, layers: list[nn.Module], rank: int) -> int | None:
-    method = new_method(name, rank=rank)
+def has_rank(name: str) -> bool:
+    """Whether a method has a rank to choose."""
+    return "rank" in {field.name for field in fields(cast("Any", METHODS[name]))}
+
+
+def count_parameters(
+    name: str, layers: Sequence[nn.Module], rank: int, settings: Mapping[str, object] | None = None
+) -> int | None:
+    """How many numbers a method trains on those of the layers that it is defined on; None where it is on none."""
+    method = new_method(name, settings, rank=rank)
     fitting = [layer for layer in layers if method.supports(layer)]
     sizes: dict[tuple[int, ...], int] = {}  # by the weight's shape: a model has few
     for layer in fitting:
         if weight_shape(layer) not in sizes:
             fresh = method.fresh(_like(layer))
-            sizes[weight_shape(layer)] = sum(t.numel() for t in fresh.tensors.values() if t.is_floating_point())
+            frozen = getattr(method, "frozen", ())
+            trained = [t for key, t in fresh.tensors.items() if t.is_floating_point() and key not in frozen]
+            sizes[weight_shape(layer)] = sum(tensor.numel() for tensor in trained)
     return sum(sizes[weight_shape(layer)] for layer in fitting) if fitting else None
 
 

@@ -3,6 +3,9 @@
 sum     exact by rank concatenation: up = [w_1 s_1 up_1 | w_2 s_2 up_2 | …], down = [down_1; down_2; …]
 slerp   along the great circle between two deltas, layer by layer (Shoemake 1985), exact as well
 others  rules.py; dense, then back to a rank by SVD
+
+A layer where one of the adapters is no low-rank pair is summed dense and written as `full`, exactly, or as a pair at
+a chosen rank. Changes of biases and normalisations are the weighted sum under every rule.
 """
 
 from __future__ import annotations
@@ -13,15 +16,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, LayerAdapter, same_layer
+from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, did_you_mean
-from lora_diffusion.gates import resolve_weight
-from lora_diffusion.merging.factors import Factors, concatenated, factored, factors_of, truncated
+from lora_diffusion.merging.factors import Factors, concatenated, factored, truncated
 from lora_diffusion.merging.rules import RULES
+from lora_diffusion.merging.shares import Dense, Share, models_of, shares_of
 
 EXACT = ("sum", "slerp")
-Share = tuple[Factors, float]  # a layer's factors in one adapter, and its weight there
+
+
+@dataclass(frozen=True)
+class _How:
+    """The settings of one merge."""
+
+    method: str
+    rank: int | None
+    density: float
+    random: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ def merge(
     adapters: Sequence[Adapter],
     weights: Sequence[Any] | None = None,
     *,
+    base: Any = None,
     method: str = "sum",
     rank: int | None = None,
     density: float = 0.5,
@@ -47,77 +61,96 @@ def merge(
 
     `weights`: any finite number, also by component, block and layer (default 1 each). `rank`: None keeps "sum" and
     "slerp" exact and gives the others the sum of their ranks. `density` in (0, 1] is the share of elements that
-    trimming keeps. One layer is dense at a time. ConfigError for settings that cannot be, AdapterMismatchError
-    where one layer has two shapes or a token two meanings.
+    trimming keeps. `base` is the pipeline or Diffusers folder that the adapters are for: methods other than low-rank
+    pairs need it. One layer is dense at a time. ConfigError for settings that cannot be, AdapterMismatchError where
+    one layer has two shapes or a token two meanings, or where a layer is not the base's.
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights, method, rank, density)
-    random = torch.Generator().manual_seed(seed)
-    shares = _shares(adapters, weights)
+    how = _How(method, rank, density, torch.Generator().manual_seed(seed))
+    shares = shares_of(adapters, weights, None if base is None else models_of(base))
     layers: dict[str, dict[str, LayerAdapter]] = {}
     kept = whole = 0.0
     for done, ((component, layer), parts) in enumerate(shares.items()):
-        factors, held, energy = _combined([part for part in parts if part[1]], method, rank, density, random)
+        new, held, energy = _combined([part for part in parts if part[1]], f"{component} {layer}", how)
         kept, whole = kept + held, whole + energy
-        layers.setdefault(component, {})[layer] = factors.layer()
+        layers.setdefault(component, {})[layer] = new
         listen(done + 1, len(shares))
     return Merged(Adapter(name, layers, _tokens(adapters)), kept / whole if whole else 1.0)
 
 
-def _combined(
-    parts: list[Share], method: str, rank: int | None, density: float, random: torch.Generator
-) -> tuple[Factors, float, float]:
-    total = sum(factors.rank for factors, _ in parts)
-    if method in RULES:
-        dense = RULES[method]([factors.scaled(w).dense() for factors, w in parts], density, random)
-        return factored(dense, rank or total, parts[0][0].kernel)
-    joined = concatenated(_slerped(parts) if method == "slerp" else [factors.scaled(w) for factors, w in parts])
-    if rank is None or rank >= total:
+def _combined(parts: list[Share], where: str, how: _How) -> tuple[LayerAdapter, float, float]:
+    """The layer that says all parts at once, the energy it keeps and the whole energy."""
+    pairs = [(change, w) for change, w in parts if isinstance(change, Factors)]
+    if len(pairs) < len(parts):
+        return _combined_dense(parts, where, how)
+    total = sum(factors.rank for factors, _ in pairs)
+    if how.method in RULES:
+        dense = RULES[how.method]([factors.scaled(w).dense() for factors, w in pairs], how.density, how.random)
+        factors, held, energy = factored(dense, how.rank or total, pairs[0][0].kernel)
+        return factors.layer(), held, energy
+    joined = concatenated(_slerped(pairs) if how.method == "slerp" else [factors.scaled(w) for factors, w in pairs])
+    if how.rank is None or how.rank >= total:
         energy = joined.norm() ** 2
-        return joined, energy, energy
-    return truncated(joined, rank)
+        return joined.layer(), energy, energy
+    factors, held, energy = truncated(joined, how.rank)
+    return factors.layer(), held, energy
 
 
-def _slerped(parts: list[Share]) -> list[Factors]:
+def _combined_dense(parts: list[Share], where: str, how: _How) -> tuple[LayerAdapter, float, float]:
+    shape = next(change.weight.shape for change, _ in parts if isinstance(change, Dense))
+    biases = [change.bias * w for change, w in parts if isinstance(change, Dense) and change.bias is not None]
+    bias = torch.stack(biases).sum(0).float() if biases else None
+    if len(shape) == 1:
+        return _norm([(change.weight, w) for change, w in parts if isinstance(change, Dense)], bias)
+    total = _total([(c.dense() if isinstance(c, Factors) else c.weight.flatten(1), w) for c, w in parts], how)
+    if how.rank is None:
+        energy = float(total.square().sum())
+        full = {"diff": total.float().reshape(shape)} | ({} if bias is None else {"diff_b": bias})
+        return LayerAdapter("full", full), energy, energy
+    if bias is not None:
+        raise ConfigError(f"merge: {where} has a changed bias, which no low-rank pair can hold; leave the rank away")
+    factors, held, energy = factored(total, how.rank, tuple(shape[2:]))
+    return factors.layer(), held, energy
+
+
+def _total(parts: list[tuple[Tensor, float]], how: _How) -> Tensor:
+    """Dense deltas (out, in · kh · kw) and their weights -> one delta."""
+    if how.method == "slerp" and len(parts) == 2:
+        (a, weight_a), (b, weight_b) = parts
+        share_a, share_b = _on_the_circle(float(a.norm()), float(b.norm()), float((a * b).sum()), weight_a, weight_b)
+        return share_a * a + share_b * b
+    weighted = [delta * weight for delta, weight in parts]
+    return RULES[how.method](weighted, how.density, how.random) if how.method in RULES else torch.stack(weighted).sum(0)
+
+
+def _norm(scales: list[tuple[Tensor, float]], shift: Tensor | None) -> tuple[LayerAdapter, float, float]:
+    total = torch.stack([scale * weight for scale, weight in scales]).sum(0)
+    tensors = {"w_norm": total.float()} | ({} if shift is None else {"b_norm": shift})
+    energy = float(total.square().sum())
+    return LayerAdapter("norm", tensors), energy, energy
+
+
+def _slerped(parts: list[tuple[Factors, float]]) -> list[Factors]:
     if len(parts) == 1:
         return [parts[0][0].scaled(parts[0][1])]
     (a, weight_a), (b, weight_b) = parts
+    share_a, share_b = _on_the_circle(a.norm(), b.norm(), a.dot(b), weight_a, weight_b)
+    return [a.scaled(share_a), b.scaled(share_b)]
+
+
+def _on_the_circle(norm_a: float, norm_b: float, dot: float, weight_a: float, weight_b: float) -> list[float]:
+    """The factors of a and b at weight_b / (weight_a + weight_b) of the way from a to b."""
     t = weight_b / (weight_a + weight_b)
-    lengths = a.norm() * b.norm()
-    angle = math.acos(max(-1.0, min(1.0, a.dot(b) / lengths))) if lengths else 0.0
+    lengths = norm_a * norm_b
+    angle = math.acos(max(-1.0, min(1.0, dot / lengths))) if lengths else 0.0
     if math.sin(angle) < 1e-6:  # parallel: the straight line is the circle
-        return [a.scaled(1 - t), b.scaled(t)]
-    return [a.scaled(math.sin((1 - t) * angle) / math.sin(angle)), b.scaled(math.sin(t * angle) / math.sin(angle))]
+        return [1 - t, t]
+    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
 
 
-def _shares(adapters: Sequence[Adapter], weights: Sequence[Any]) -> dict[tuple[str, str], list[Share]]:
-    """(component, layer) -> its factors and weights in the adapters that change it; one with dots names the layer."""
-    names: dict[tuple[str, str], str] = {}
-    found: dict[tuple[str, str], list[Share]] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        levels = resolve_weight(weight, {c: list(of) for c, of in adapter.layers.items()}, adapter.name)
-        for component, name, layer in adapter:
-            where = f"adapter {adapter.name!r}: {component} {name}"
-            number, key = levels.at(component, name), (component, same_layer(name))
-            if not isinstance(number, float | int):
-                raise ConfigError(
-                    f"{where}: weight {number!r} changes by step, image or place; a file holds one number"
-                )
-            factors = factors_of(layer, where)
-            others = found.setdefault(key, [])
-            if others and _shape(others[0][0]) != _shape(factors):
-                raise AdapterMismatchError(f"{where} is {_shape(factors)}, {_shape(others[0][0])} in another adapter")
-            others.append((factors, float(number)))
-            names[key] = name if "." in name else names.get(key, name)
-    return {(key[0], names[key]): parts for key, parts in found.items() if any(weight for _, weight in parts)}
-
-
-def _shape(factors: Factors) -> tuple[int, ...]:
-    return (factors.up.shape[0], factors.down.shape[1])
-
-
-def _tokens(adapters: Sequence[Adapter]) -> dict[str, dict[str, torch.Tensor]]:
-    tokens: dict[str, dict[str, torch.Tensor]] = {}
+def _tokens(adapters: Sequence[Adapter]) -> dict[str, dict[str, Tensor]]:
+    tokens: dict[str, dict[str, Tensor]] = {}
     for adapter in adapters:
         for token, vectors in adapter.embeddings.items():
             if token in tokens and not _same(tokens[token], vectors):
@@ -126,7 +159,7 @@ def _tokens(adapters: Sequence[Adapter]) -> dict[str, dict[str, torch.Tensor]]:
     return tokens
 
 
-def _same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> bool:
+def _same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[c]) for c, v in ours.items())
 
 

@@ -24,7 +24,7 @@ from lora_diffusion.layers import compute_dtype, kernel_shape, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch, decomposed, squares, weight_norm
 from lora_diffusion.methods.lora import LoRA
-from lora_diffusion.methods.ranked import Ranked, check_magnitude, check_pair
+from lora_diffusion.methods.ranked import Ranked, check_magnitude, check_pair, on_host
 from lora_diffusion.quantize import dequantize
 
 
@@ -70,7 +70,7 @@ class DoRA(Ranked):
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """A LoRA pair as it starts, and the norms of the frozen weight."""
         pair = LoRA(self.rank, self.stored_alpha).fresh(layer, generator)
-        magnitude = weight_norm(dequantize(layer), by_input=self.by_input).cpu()
+        magnitude = on_host(weight_norm(dequantize(layer), by_input=self.by_input))
         if self.by_input:
             magnitude = magnitude.reshape(1, -1, *(1 for _ in kernel_shape(layer)[1:]))
         return replace(pair, method=self.name, tensors={**pair.tensors, "magnitude": magnitude})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.layers import kernel_shape, out_width, weight_shape
 from lora_diffusion.lora import Pair, Part
-from lora_diffusion.methods.ranked import Ranked, alpha_over, check_pair, kaiming
+from lora_diffusion.methods.ranked import Ranked, alpha_over, check_pair, kaiming, on_host
 from lora_diffusion.methods.starts import Start, gaussian, olora, pissa
 from lora_diffusion.quantize import dequantize
 
@@ -48,7 +48,7 @@ class LoRA(Ranked):
         """A new layer from its factors as matrices, (rank, in) and (out, rank)."""
         row = kernel_shape(layer)
         tensors = {"down": down.reshape(-1, *row), "up": up.reshape(*up.shape, *(1 for _ in row[1:]))}
-        placed = {key: tensor.to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
+        placed = {key: on_host(tensor).contiguous() for key, tensor in tensors.items()}
         return LayerAdapter(self.name, placed, self.stored_alpha, "tensor")
 
     @property

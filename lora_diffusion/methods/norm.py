@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.branches import Branch
+from lora_diffusion.layers import is_norm
 from lora_diffusion.lora import Part
 
 
@@ -45,8 +46,7 @@ class Norm:
     @staticmethod
     def supports(layer: nn.Module) -> bool:
         """torch's LayerNorm, GroupNorm and RMSNorm, and Diffusers' own RMSNorm, that have a scale."""
-        known = isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) or type(layer).__name__ == "RMSNorm"
-        return known and hasattr(layer, "eps") and isinstance(getattr(layer, "weight", None), Tensor)
+        return is_norm(layer)
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """Zeros, a shift where the layer has one."""

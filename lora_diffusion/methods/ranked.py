@@ -44,6 +44,11 @@ class Ranked:
         return is_linear(layer) or is_convolution(layer)
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """Float32 on the CPU; zeros for what is taken of weights that are not there, as in a memory plan."""
+    return torch.zeros(tensor.shape) if tensor.is_meta else tensor.to("cpu", torch.float32)
+
+
 def alpha_over(adapter: LayerAdapter, rank: int) -> float:
     """alpha / rank; 1 where there is no alpha. (rsLoRA is kept as alpha · √rank.)"""
     return 1.0 if adapter.alpha is None else adapter.alpha / rank

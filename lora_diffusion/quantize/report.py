@@ -72,10 +72,10 @@ class QuantizationReport:
         }
 
     def __str__(self) -> str:
-        sixteen = 2 * self.parameters
+        dense = max((layer.bytes / layer.parameters for layer in self.kept if layer.parameters), default=2.0)
         lines = [
             f"{self.precision}: {len(self.quantized)} layers quantised, {_size(self.bytes)} "
-            f"({_size(sixteen)} in 16 bits)",
+            f"({_size(round(dense * self.parameters))} unquantised)",
             f"{'stored as':<10}{'layers':>7}{'parameters':>16}{'size':>12}  why",
         ]
         lines += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,19 @@ from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.attachment import Attachment, attach, by_layer
 from lora_diffusion.beginning import eva_start, loftq_start
 from lora_diffusion.dropping import Dropping
-from lora_diffusion.errors import AdapterFileError, ConfigError
+from lora_diffusion.errors import AdapterFileError, ConfigError, some
+from lora_diffusion.families import Family
 from lora_diffusion.formats import FORMATS
 from lora_diffusion.methods import new_method
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.quantize import WeightFiles
 from lora_diffusion.targets import find_targets
 from lora_diffusion.training.batches import generator_for
-from lora_diffusion.training.config import AdapterConfig, TrainConfig
+from lora_diffusion.training.config import TrainConfig
+from lora_diffusion.training.continuing import check_start
+from lora_diffusion.training.sections import AdapterConfig
+from lora_diffusion.training.trained import Trained
+from lora_diffusion.training.words import Words, check_captions, encoders_for_words
 
 _BY_OTHERS = ("loftq", "eva")  # starts that need more than the layer
 
@@ -30,9 +35,11 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
     ConfigError for settings that the method does not know.
     """
     settings = config.adapter
+    check_start(settings)
     named: dict[str, Any] = {"rank": settings.rank, "alpha": settings.alpha, "rslora": settings.rslora}
     init = None if settings.init in _BY_OTHERS else settings.init
-    method = new_method(settings.method, **named, init=init, freeze_down=settings.freeze_down)
+    named |= {"init": init, "freeze_down": settings.freeze_down}
+    method = new_method(settings.method, settings.settings, **named)
     attachment = attach(
         denoiser,
         method,
@@ -44,21 +51,58 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
         fresh=_starts(config, method, denoiser, component, run) if settings.init in _BY_OTHERS else None,
         generator=generator_for(config.train.seed, "init"),
     )
-    if settings.max_norm is not None and not attachment.has_cap:
+    try:
+        if settings.max_norm is not None and not attachment.has_cap:
+            who = f"{settings.method!r} with init {settings.init!r}"
+            raise ConfigError(f"adapter.max_norm is for pairs that start at 0, not for {who}")
+        attachment.begin(method, config.train.steps)
+    except ConfigError:
         attachment.detach()
-        raise ConfigError(
-            f"adapter.max_norm is for pairs that start at 0, not for {settings.method!r} with init {settings.init!r}"
-        )
+        raise
     for slot in attachment.slots.values():
         slot.train()
     return attachment
 
 
-def format_for(attachment: Attachment, wanted: str | None) -> str:
+def encoders_for(config: TrainConfig, pipe: Any, family: Family) -> list[Attachment]:
+    """Slots in training mode on the text encoders that are to be trained. ConfigError for one that is not there."""
+    text, settings = config.text, config.adapter
+    there = [name for name in family.text_encoders if isinstance(getattr(pipe, name, None), nn.Module)]
+    if absent := [name for name in text.train if name not in there]:
+        raise ConfigError(f"text.train: there is no {some(absent)} to train; {config.base} has {some(there)}")
+    attachments: list[Attachment] = []
+    for name in dict.fromkeys(text.train):
+        rank, alpha = text.rank or settings.rank, settings.alpha if text.alpha is None else text.alpha
+        method = new_method(settings.method, settings.settings, rank=rank, alpha=alpha, rslora=settings.rslora)
+        generator = generator_for(config.train.seed, "init", name)
+        made = attach(
+            getattr(pipe, name),
+            method,
+            text.targets,
+            component=name,
+            dropout=Dropping(settings.dropout, settings.rank_dropout, settings.module_dropout, settings.nested),
+            generator=generator,
+        )
+        made.begin(method, config.train.steps)
+        attachments.append(made)
+    return attachments
+
+
+def words_for(config: TrainConfig, pipe: Any, family: Family, texts: Sequence[str]) -> Words | None:
+    """New tokens as they begin. ConfigError for one that no caption holds, AdapterMismatchError for a known one."""
+    text = config.text
+    if not text.tokens:
+        return None
+    check_captions(text.tokens, texts)
+    encoders = encoders_for_words(pipe, family.text_encoders)
+    return Words(pipe, encoders, text.tokens, text.token_vectors, config.train.seed)
+
+
+def format_for(attachment: Attachment | Trained, wanted: str | None) -> str:
     """The format to save in, tried before the first step is made: AdapterFileError if none can say the method."""
     adapter = attachment.adapter("trial")
-    *others, last = [wanted] if wanted else ["diffusers", "kohya"]
-    for name in others:
+    last, *others = [wanted] if wanted else ["kohya", "diffusers"]
+    for name in (*others, last, *(() if wanted else FORMATS)):
         try:
             FORMATS[name].dump(adapter)
         except AdapterFileError:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from lora_diffusion.attachment import Attachment
 from lora_diffusion.errors import LoraDiffusionError
+from lora_diffusion.training.trained import Trained
 
 
 class Average:
     """Average tensors of the trainable parameters of an attachment, by their names."""
 
-    def __init__(self, attachment: Attachment, decay: float) -> None:
+    def __init__(self, attachment: Attachment | Trained, decay: float) -> None:
         self.attachment, self.decay = attachment, decay
         self.tensors = {name: p.detach().clone() for name, p in attachment.named_parameters()}
 
@@ -46,3 +47,5 @@ class Average:
             parameter.copy_(self.tensors[name])
         if cap is not None:
             self.attachment.cap(cap)
+        if self.attachment.course:
+            self.attachment.course.enforce()

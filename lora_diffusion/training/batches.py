@@ -24,6 +24,7 @@ class Item:
     share: float = 1.0  # how often it is seen in an epoch
     mask: Tensor | None = None  # (h, w) in [0, 1], where the loss counts; None: everywhere
     conditioning: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # of the picture, not its caption
+    plain: tuple[int, ...] = ()  # rows of the same captions with the class in place of the trigger
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,25 @@ class Batch:
     conditioning: dict[str, Tensor]
     names: tuple[str, ...]
     masks: Tensor | None = None  # (n, 1, h, w) in [0, 1]
+    plain: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # conditioning of the class, as a teacher hears
+    texts: tuple[str, ...] = ()  # the captions themselves, where the batches know them
+    plain_texts: tuple[str, ...] = ()
 
 
 class Batches:
     """Draws batches from items; only pictures of the same shape go together."""
 
     def __init__(
-        self, items: Sequence[Item], table: dict[str, Tensor], *, size: int, seed: int, dropout: float = 0.0
+        self,
+        items: Sequence[Item],
+        table: dict[str, Tensor],
+        *,
+        size: int,
+        seed: int,
+        dropout: float = 0.0,
+        texts: Sequence[str] = (),
     ) -> None:
+        self.texts = texts
         self.items, self.table, self.size, self.seed, self.dropout = list(items), table, size, seed, dropout
         self._drawn: tuple[int, list[list[int]]] = (0, self._epoch(0))
         self._length = len(self._drawn[1])
@@ -87,23 +99,39 @@ class Batches:
 
     def _collate(self, chosen: list[int], generator: torch.Generator | None) -> Batch:
         items = [self.items[i] for i in chosen]
-        rows = torch.tensor([self._caption(item, generator) for item in items])
-        conditioning = {name: values[rows] for name, values in self.table.items()}
-        for name in items[0].conditioning:
-            conditioning[name] = torch.stack([item.conditioning[name] for item in items])
+        said = [self._caption(item, generator) for item in items]
+        rows = [_row(item.captions, one) for item, one in zip(items, said, strict=True)]
+        plain_rows = [_row(item.plain, one) for item, one in zip(items, said, strict=True) if item.plain]
+        plain = self._conditioning(items, plain_rows) if len(plain_rows) == len(items) else {}
         masks = None
         if any(item.mask is not None for item in items):
             whole = torch.ones(items[0].latents.shape[-2:])
             masks = torch.stack([whole if item.mask is None else item.mask for item in items])[:, None]
         latents = torch.stack([item.latents for item in items])
-        return Batch(latents, conditioning, tuple(item.name for item in items), masks)
+        names, texts = tuple(item.name for item in items), self._said(rows)
+        return Batch(latents, self._conditioning(items, rows), names, masks, plain, texts, self._said(plain_rows))
 
-    def _caption(self, item: Item, generator: torch.Generator | None) -> int:
+    def _said(self, rows: list[int]) -> tuple[str, ...]:
+        return tuple(self.texts[row] for row in rows) if self.texts else ()
+
+    def _conditioning(self, items: list[Item], rows: list[int]) -> dict[str, Tensor]:
+        chosen = torch.tensor(rows)
+        conditioning = {name: values[chosen] for name, values in self.table.items()}
+        for name in items[0].conditioning:
+            conditioning[name] = torch.stack([item.conditioning[name] for item in items])
+        return conditioning
+
+    def _caption(self, item: Item, generator: torch.Generator | None) -> int | None:
+        """Which of its captions a picture has this time; None: the empty one."""
         if generator is None:
-            return item.captions[0]
-        if torch.rand((), generator=generator).item() < self.dropout:
             return 0
-        return item.captions[int(torch.randint(len(item.captions), (), generator=generator))]
+        if torch.rand((), generator=generator).item() < self.dropout:
+            return None
+        return int(torch.randint(len(item.captions), (), generator=generator))
+
+
+def _row(captions: tuple[int, ...], chosen: int | None) -> int:
+    return 0 if chosen is None else captions[chosen]
 
 
 def generator_for(seed: int, *what: object) -> torch.Generator:

@@ -41,6 +41,7 @@ class Checkpoint:
     settings: dict[str, Any]
     losses: list[float]
     average: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # of the parameters; empty: none is kept
+    measured: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])  # step, held-out loss
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -75,7 +76,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     parameters, average = (
         {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)} for start in ("adapter/", "ema/")
     )
-    return Checkpoint(run["step"], parameters, _optimizer_from(run, tensors), run["settings"], run["losses"], average)
+    measured = [(int(step), float(loss)) for step, loss in run.get("measured", [])]  # earlier versions have none
+    optimizer = _optimizer_from(run, tensors)
+    return Checkpoint(run["step"], parameters, optimizer, run["settings"], run["losses"], average, measured)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -85,9 +88,14 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
 
 
-def check_settings(then: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str], where: Path) -> None:
-    """ConfigError where a setting that shapes the result differs from the checkpoint's."""
-    before, after = _flatten(then), _flatten(now)
+def check_settings(
+    then: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str], where: Path, defaults: Mapping[str, Any]
+) -> None:
+    """ConfigError where a setting that shapes the result differs from the checkpoint's.
+
+    A checkpoint of an earlier version lacks the settings that are new since: they had their `defaults` then.
+    """
+    before, after = _flatten(defaults) | _flatten(then), _flatten(now)
     changed = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -114,6 +122,7 @@ def _write(draft: Path, checkpoint: Checkpoint) -> None:
         "step": checkpoint.step,
         "settings": checkpoint.settings,
         "losses": checkpoint.losses,
+        "measured": checkpoint.measured,
         "optimizer": {"groups": checkpoint.optimizer["param_groups"], "numbers": numbers},
     }
     save_file(tensors, draft / "state.safetensors")

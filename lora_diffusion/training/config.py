@@ -4,6 +4,8 @@
     base = "samples/base"            # Diffusers folder or hub id
     output = "runs/ink"              # checkpoints, adapter, report
 
+    recipe = "style"                 # or "character"; or none
+
     [data]
     folder = "samples/packs/ink"
 
@@ -18,146 +20,56 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from lora_diffusion.errors import ConfigError, did_you_mean
-from lora_diffusion.quantize import Precision
+from lora_diffusion.training.recipes import NEEDS_TRIGGER, with_recipe
+from lora_diffusion.training.sections import (
+    AdapterConfig,
+    BackboneConfig,
+    DataConfig,
+    LoopConfig,
+    LossConfig,
+    PriorConfig,
+    Section,
+    TextConfig,
+    TimesConfig,
+    WatchConfig,
+)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(_Section):
-    """Pictures and captions."""
-
-    folder: Path
-    """Pictures with captions beside them (`NAME.txt`, `metadata.jsonl`, …)."""
-    heldout: Path | float = 0.1
-    """A folder of pictures that are never trained on, or the share of `folder` to hold out (0 to 0.5)."""
-    resolution: int = Field(512, ge=16, multiple_of=8)
-    """Pixels; pictures are brought to buckets of about this area."""
-    upscale: bool = False
-    """Enlarge pictures that are smaller than their bucket; otherwise they get a bucket of their own size."""
-    trigger: str = ""
-    """Put in front of every caption."""
-    caption_dropout: float = Field(0.05, ge=0, le=1)
-    """Probability of training a picture without caption (keeps classifier-free guidance working)."""
-    flip: bool = False
-    """Mirror half of the pictures."""
-    skip_bad: bool = False
-    """Go on without pictures that cannot be read, instead of listing them and stopping."""
-
-
-class AdapterConfig(_Section):
-    """What is trained."""
-
-    method: str = "lora"
-    """What `lora-diffusion methods` lists."""
-    rank: int = Field(16, ge=1)
-    """Of methods that have one; OFT's largest block."""
-    alpha: float | None = None
-    """None: the rank, so that the scale is 1. (OFT: the bound of the rotation, None is none.)"""
-    rslora: bool = False
-    """rsLoRA: the scale is alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
-    targets: str | list[str] = "attention"
-    """Preset ("attention", "attention-qv", "attention+ff", "all-linear", "…+conv"), glob, or a list."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """On the rank axis, row by row at every token."""
-    rank_dropout: float = Field(0.0, ge=0, lt=1)
-    """The same for a whole picture at a time."""
-    module_dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability of leaving a layer's adapter out of a step."""
-    nested: bool = False
-    """DyLoRA (arXiv 2210.07558): the first b rows are trained to be an adapter of rank b, for every b."""
-    init: Literal["pissa", "olora", "loftq", "eva", "gaussian", "kaiming"] | None = None
-    """How a LoRA starts; None: "kaiming", and for other methods their own."""
-    freeze_down: bool = False
-    """LoRA-FA (arXiv 2308.03303): only `up` is trained, which saves activations."""
-    ranks: dict[str, int] = Field(default_factory=dict)
-    """Ranks of layers by glob, such as {"mid_block.*" = 32}; the last that matches counts."""
-    alphas: dict[str, float] = Field(default_factory=dict)
-    """Alphas by glob."""
-    max_norm: float | None = Field(None, gt=0)
-    """Frobenius norm that the delta of a layer's pair may have; longer ones are scaled down after each step."""
-    save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    format: str | None = None
-    """None: diffusers where it can say the method (LoRA, DoRA), else kohya."""
-
-
-class BackboneConfig(_Section):
-    """The frozen model underneath."""
-
-    precision: Precision = "nf4"
-    """Linear layers of the denoiser; what stays in 16 bits is listed when training starts."""
-    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-
-
-class LossConfig(_Section):
-    """What is minimised. Held-out losses are mean squared errors whatever is set here."""
-
-    kind: Literal["mse", "huber", "smooth_l1"] = "mse"
-    """huber and smooth_l1 grow linearly beyond `delta`, so that odd pictures pull less."""
-    delta: float = Field(0.1, gt=0)
-    """Error from which huber and smooth_l1 are linear; latents have about unit variance."""
-    snr_gamma: float | None = Field(None, gt=0)
-    """min-SNR weighting (arXiv 2303.09556), such as 5, for epsilon and v; None: every timestep counts the same."""
-
-
-class TimesConfig(_Section):
-    """Which noise levels a flow is trained at (SD3, FLUX, …); bases with timesteps draw them uniformly."""
-
-    sampling: Literal["uniform", "logit-normal"] | None = None
-    """None: logit-normal for flows (arXiv 2403.03206), uniform for timesteps."""
-    mean: float = 0.0
-    """Of the logit; below 0 is more detail, above 0 more composition."""
-    std: float = Field(1.0, gt=0)
-    """Of the logit."""
-    shift: float | None = Field(None, gt=0)
-    """Above 1 moves times to the noisy end; None: the base's own shift."""
-
-
-class LoopConfig(_Section):
-    """How long and how fast."""
-
-    steps: int = Field(800, ge=1)
-    batch: int = Field(4, ge=1)
-    accumulate: int = Field(1, ge=1)
-    """Batches added up for one optimiser step."""
-    lr: float = Field(1e-4, gt=0)
-    up_ratio: float = Field(1.0, gt=0)
-    """LoRA+ (arXiv 2402.12354): the learning rate of `up` over that of `down`, such as 16."""
-    warmup: int = Field(20, ge=0)
-    """Steps over which the learning rate rises from 0."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of a moving average of the adapter, such as 0.99, that is saved as `ema_saved` says; None: no average."""
-    ema_saved: Literal["instead", "beside"] = "instead"
-    """The average as NAME.safetensors, or as NAME-ema.safetensors beside the last step's."""
-    checkpointing: bool = False
-    """Forget activations and compute them again in backward: a quarter to a third slower, far less memory."""
-    checkpoint_every: int = Field(200, ge=1)
-    """Steps between checkpoints; Ctrl-C writes one as well."""
-    seed: int = 0
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """One training run."""
 
     name: str = Field(pattern=r"^[^/\\\x00-\x1f]+$")
     base: str
     output: Path
+    recipe: Literal["style", "character"] | None = None
+    """Other defaults, as `recipes.py` has them."""
     data: DataConfig
     adapter: AdapterConfig = Field(default_factory=AdapterConfig.model_construct)
     backbone: BackboneConfig = Field(default_factory=BackboneConfig.model_construct)
     loss: LossConfig = Field(default_factory=LossConfig.model_construct)
     times: TimesConfig = Field(default_factory=TimesConfig.model_construct)
+    prior: PriorConfig = Field(default_factory=PriorConfig.model_construct)
+    text: TextConfig = Field(default_factory=TextConfig.model_construct)
+    watch: WatchConfig = Field(default_factory=WatchConfig.model_construct)
     train: LoopConfig = Field(default_factory=LoopConfig.model_construct)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_recipe(cls, given: Any) -> Any:
+        return with_recipe(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        if self.recipe in NEEDS_TRIGGER and not self.data.trigger:
+            raise ValueError(f"recipe {self.recipe!r} needs data.trigger, the word that calls what is learned")
+        if fault := _fault_of(self.prior, self.data):
+            raise ValueError(fault)
+        if self.watch.every and not self.watch.prompts:
+            raise ValueError("watch.every draws watch.prompts, and there are none")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, assignments: Iterable[str] = ()) -> TrainConfig:
@@ -189,6 +101,27 @@ class TrainConfig(_Section):
         return self.parse(settings)
 
 
+def _fault_of(prior: PriorConfig, data: DataConfig) -> str | None:
+    """What a prior lacks to work with."""
+    if prior.kind == "teacher" and not (data.trigger and prior.subject):
+        return (
+            "prior.kind = 'teacher' needs data.trigger, the new word, and prior.subject, what it is one of (such as"
+            " 'person'), to say in its place"
+        )
+    if prior.kind == "pictures" and not (prior.subject or prior.folder):
+        return "prior.kind = 'pictures' needs prior.folder, or prior.subject for the base to draw"
+    if prior.kind == "none" and (prior.subject or prior.folder):
+        return "prior.subject and prior.folder do nothing while prior.kind is 'none'"
+    return None
+
+
+def default_settings() -> dict[str, Any]:
+    """Every setting that has a default, as a checkpoint holds it (of the backbone it holds the bytes' hash alone)."""
+    return TrainConfig.parse({"name": "x", "base": "", "output": "", "data": {"folder": ""}}).model_dump(
+        mode="json", exclude={"name": True, "base": True, "output": True, "backbone": True, "data": {"folder"}}
+    )
+
+
 def override(settings: dict[str, Any], assignment: str) -> None:
     """Apply `section.key=value` (TOML value or bare word) to nested settings. ConfigError for anything else."""
     key, equals, text = assignment.partition("=")
@@ -210,6 +143,8 @@ def override(settings: dict[str, Any], assignment: str) -> None:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":  # one of our own
+        return first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return f"unknown setting {where!r}{did_you_mean(where, _known_settings())}"
     if first["type"] == "missing":
@@ -221,6 +156,6 @@ def _known_settings() -> list[str]:
     known: list[str] = []
     for name, field in TrainConfig.model_fields.items():
         section = field.annotation
-        inner = section.model_fields if isinstance(section, type) and issubclass(section, _Section) else None
+        inner = section.model_fields if isinstance(section, type) and issubclass(section, Section) else None
         known += [f"{name}.{key}" for key in inner] if inner else [name]
     return known

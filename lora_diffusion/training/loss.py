@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.training.config import LossConfig
+from lora_diffusion.training.sections import LossConfig
 
 Kind = Literal["mse", "huber", "smooth_l1"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import Conditioning, Family
-from lora_diffusion.training.config import TimesConfig
 from lora_diffusion.training.loss import MSE, Loss
+from lora_diffusion.training.sections import TimesConfig
 
 AS_EVER, UNIFORM = TimesConfig.model_construct(), TimesConfig.model_construct(sampling="uniform")
 
@@ -49,6 +49,7 @@ class Diffusion:
 
     alphas: Tensor
     target: str
+    emphasis: float = 0.0
 
     @property
     def schedule(self) -> tuple[Tensor, str]:
@@ -56,7 +57,10 @@ class Diffusion:
         return self.alphas, self.target
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Uniform timesteps."""
+        """Uniform timesteps, or more of them at one end."""
+        if self.emphasis:
+            levels = emphasised(torch.rand(count, generator=generator), self.emphasis)
+            return (levels * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
         return torch.randint(len(self.alphas), (count,), generator=generator)
 
     def grid(self, bands: int) -> Tensor:
@@ -82,11 +86,12 @@ class Flow:
     schedule: None = None
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1) or uniform sigmas, shifted."""
+        """Logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1) or uniform sigmas, emphasised, shifted."""
         if self.times.sampling == "uniform":
             sigma = torch.rand(count, generator=generator)
         else:
             sigma = torch.sigmoid(torch.randn(count, generator=generator) * self.times.std + self.times.mean)
+        sigma = emphasised(sigma, self.times.emphasis)
         return _shifted(sigma, self.shift if self.times.shift is None else self.times.shift)
 
     def grid(self, bands: int) -> Tensor:
@@ -108,9 +113,10 @@ def objective_for(family: Family, scheduler: Any, times: TimesConfig = AS_EVER) 
         if times.sampling == "uniform" and (times.mean, times.std) != (0, 1):
             raise ConfigError("times.mean and times.std are of 'logit-normal', and times.sampling is 'uniform'")
         return Flow(float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0), times)
-    if times not in (AS_EVER, UNIFORM):
+    if times.model_copy(update={"emphasis": 0.0}) not in (AS_EVER, UNIFORM):
         raise ConfigError(
-            f"[times] is for flows, and family {family.name!r} draws its timesteps uniformly; leave it out"
+            f"[times] but for emphasis is for flows, and family {family.name!r} draws its timesteps uniformly;"
+            " leave it out"
         )
     from diffusers import DDPMScheduler
 
@@ -118,7 +124,20 @@ def objective_for(family: Family, scheduler: Any, times: TimesConfig = AS_EVER) 
     if target not in ("epsilon", "v_prediction"):
         raise ConfigError(f"scheduler predicts {target!r}; expected 'epsilon' or 'v_prediction'")
     schedule: Any = DDPMScheduler.from_config(scheduler.config)
-    return Diffusion(schedule.alphas_cumprod, target)
+    return Diffusion(schedule.alphas_cumprod, target, times.emphasis)
+
+
+def emphasised(levels: Tensor, emphasis: float) -> Tensor:
+    """Noise levels in [0, 1], (n,), moved to the clean end (`emphasis` up to 1) or the noisy one (down to -1).
+
+    At ±1 by cubic sampling (Mou et al. 2023, arXiv 2302.08453, section 3.4), which ai-toolkit calls "style" and
+    "content"; in between by that much of the way there.
+    """
+    if not emphasis:
+        return levels
+    share, low = abs(emphasis), levels if emphasis > 0 else 1 - levels
+    moved = (1 - share) * low + share * low**3
+    return moved if emphasis > 0 else 1 - moved
 
 
 def _shifted(sigma: Tensor, shift: float) -> Tensor:
@@ -138,7 +157,21 @@ def losses(
 ) -> Tensor:
     """Mean error of each picture, (n,) float32; with `masks` (n, 1, h, w) the mean weighted by them."""
     noisy, target = objective.noised(latents, noise, times)
-    answer = family.predict(denoiser, noisy, times.to(latents.device), conditioning)
+    return towards(target, family, denoiser, noisy, conditioning, times, loss, masks)
+
+
+def towards(
+    target: Tensor,
+    family: Family,
+    denoiser: nn.Module,
+    noisy: Tensor,
+    conditioning: Conditioning,
+    times: Tensor,
+    loss: Loss = MSE,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """Mean error of the denoiser's answer from `target` (n, channels, h, w), (n,) float32, weighted as in `losses`."""
+    answer = family.predict(denoiser, noisy, times.to(noisy.device), conditioning)
     error = loss.errors(answer.float(), target.float(), times)
     if masks is None:
         return error.flatten(1).mean(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lora_diffusion.data.buckets import BucketRules, View, cut
 from lora_diffusion.data.cache import TensorCache, content_key
-from lora_diffusion.data.captions import CaptionRules, caption_variants
+from lora_diffusion.data.captions import CaptionRules, caption_variants, named
+from lora_diffusion.data.examples import Source
 from lora_diffusion.data.pictures import open_mask, open_picture
 from lora_diffusion.data.prepare import Item as Usable
 from lora_diffusion.data.prepare import prepare as look_at
@@ -23,9 +24,10 @@ from lora_diffusion.families import Family
 from lora_diffusion.pipelines import Opened
 from lora_diffusion.quantize import fingerprint
 from lora_diffusion.training.batches import Batches, Item, generator_for
-from lora_diffusion.training.config import DataConfig, TrainConfig
-
-Count = Callable[[int, int], None]  # done, total
+from lora_diffusion.training.config import TrainConfig
+from lora_diffusion.training.priors import Count, class_folder
+from lora_diffusion.training.sections import DataConfig
+from lora_diffusion.training.watching import park
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Prepared:
     heldout: Batches
     digest: str
     skipped: Mapping[Path, str]
+    prior: Batches | None = None  # of class pictures, where `prior.kind` is "pictures"
 
 
 def prepare(config: TrainConfig, opened: Opened, family: Family, listen: Count) -> Prepared:
@@ -43,30 +46,51 @@ def prepare(config: TrainConfig, opened: Opened, family: Family, listen: Count) 
 
     DataError lists everything that cannot be used before anything is encoded.
     """
-    training, heldout, skipped = _examples(config, _bucket_rules(config.data, opened, family))
+    rules = _bucket_rules(config.data, opened, family)
+    training, heldout, skipped = _examples(config, rules)
+    classes = _class_pictures(config, opened, family, rules, listen)
     encoder = _Encoder(config, opened, family)
-    latents = encoder.latents([*training, *heldout], listen)
-    table, rows = encoder.captions([*training, *heldout])
-    _let_go(opened.pipe, family)
-    loop, dropout = config.train, config.data.caption_dropout
-    items = [
-        [
-            Item(
-                str(usable.example.picture),
-                latents[key],
-                tuple(rows[caption] for caption in encoder.texts(usable)),
-                usable.example.share / len(usable.views),
-                _mask(usable, view, latents[key]),
-                {"time_ids": torch.tensor(view.micro_conditioning)} if family.sized else {},
-            )
+    everything = [*training, *heldout, *classes]
+    latents = encoder.latents(everything, listen)
+    texts = encoder.all_texts(everything)
+    table: dict[str, Tensor] = {} if config.text.live else encoder.captions(texts)
+    idle = ["vae", *(() if config.text.live else family.text_encoders)]
+    (park if config.watch.prompts else _let_go)(opened.pipe, _present(opened.pipe, idle))
+    loop, made = config.train, _Items(encoder, latents, {text: row for row, text in enumerate(texts)})
+    digests = {"training": _contents(training), "heldout": _contents(heldout)}
+    digests |= {"prior": _contents(classes)} if classes else {}
+    shared: dict[str, Any] = {"table": table, "size": loop.batch, "texts": texts}
+    batches = Batches(made(training), seed=loop.seed, dropout=config.data.caption_dropout, **shared)
+    prior = Batches(made(classes), seed=loop.seed, **shared) if classes else None
+    return Prepared(batches, Batches(made(heldout), seed=0, **shared), content_key(**digests), skipped, prior)
+
+
+class _Items:
+    """Encoded pictures as the batches take them."""
+
+    def __init__(self, encoder: _Encoder, latents: Mapping[str, Tensor], rows: Mapping[str, int]) -> None:
+        self.encoder, self.latents, self.rows = encoder, latents, rows
+
+    def __call__(self, group: Sequence[Usable]) -> list[Item]:
+        """An item for every view of every picture."""
+        return [
+            self._item(usable, key, view)
             for usable in group
-            for key, view in zip(encoder.keys(usable), usable.views, strict=True)
+            for key, view in zip(self.encoder.keys(usable), usable.views, strict=True)
         ]
-        for group in (training, heldout)
-    ]
-    digest = content_key(training=_contents(training), heldout=_contents(heldout))
-    batches = Batches(items[0], table, size=loop.batch, seed=loop.seed, dropout=dropout)
-    return Prepared(batches, Batches(items[1], table, size=loop.batch, seed=0), digest, skipped)
+
+    def _item(self, usable: Usable, key: str, view: View) -> Item:
+        example, latents = usable.example, self.latents[key]
+        captions, plain = self.encoder.texts(usable), self.encoder.plain(usable)
+        return Item(
+            str(example.picture),
+            latents,
+            tuple(self.rows[caption] for caption in captions),
+            example.share / len(usable.views),
+            _mask(usable, view, latents),
+            {"time_ids": torch.tensor(view.micro_conditioning)} if self.encoder.family.sized else {},
+            tuple(self.rows[caption] for caption in plain),
+        )
 
 
 class _Encoder:
@@ -74,8 +98,8 @@ class _Encoder:
 
     def __init__(self, config: TrainConfig, opened: Opened, family: Family) -> None:
         self.opened, self.family = opened, family
-        self.rules = CaptionRules(trigger=config.data.trigger or None, dropout=config.data.caption_dropout)
-        self.seed = config.train.seed
+        self.rules, self.seed = _caption_rules(config.data), config.train.seed
+        self.subject = config.prior.subject if config.prior.kind == "teacher" else None
         self.cache = TensorCache(config.output / "cache")
         pipe, dtype = opened.pipe, str(opened.dtype)
         self.vae = f"{fingerprint(pipe.vae)}/{dtype}"
@@ -83,8 +107,16 @@ class _Encoder:
         self.encoders = "/".join(fingerprint(part) if part is not None else "" for part in parts) + f"/{dtype}"
 
     def texts(self, usable: Usable) -> tuple[str, ...]:
-        """The captions a picture is trained under."""
+        """The captions a picture is trained under; class pictures have theirs as they are."""
+        if usable.example.regularisation:
+            return (usable.example.caption,)
         return caption_variants(usable.example.caption, self.rules, seed=self.seed)
+
+    def plain(self, usable: Usable) -> tuple[str, ...]:
+        """The same captions with the class in place of the trigger, where a teacher hears them."""
+        if self.subject is None or self.rules.trigger is None or usable.example.regularisation:
+            return ()
+        return tuple(named(text, self.rules.trigger, self.subject) for text in self.texts(usable))
 
     def keys(self, usable: Usable) -> list[str]:
         """Cache keys of a picture's views."""
@@ -98,15 +130,18 @@ class _Encoder:
         self.cache.fill(wanted, self._encode_pictures, batch=8, progress=listen)
         return {key: self.cache[key]["latents"] for key in wanted}
 
+    def all_texts(self, group: Sequence[Usable]) -> list[str]:
+        """Every caption that is needed, the empty one first."""
+        found = {text for usable in group for text in (*self.texts(usable), *self.plain(usable))}
+        return ["", *sorted(found - {""})]
+
     @torch.no_grad()
-    def captions(self, group: Sequence[Usable]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """(conditioning table, caption -> row). Row 0 is the empty caption."""
-        texts = ["", *sorted({text for usable in group for text in self.texts(usable)} - {""})]
+    def captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The conditioning table: a row for each text."""
         wanted = {content_key(kind="text", of=t, model=self.encoders, family=self.family.name): t for t in texts}
         self.cache.fill(wanted, self._encode_captions, batch=16)
         entries = [self.cache[key] for key in wanted]
-        table = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-        return table, {text: row for row, text in enumerate(texts)}
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def _encode_pictures(self, wanted: Sequence[tuple[Path, View]]) -> list[dict[str, Tensor]]:
         made: list[dict[str, Tensor]] = []
@@ -124,10 +159,13 @@ class _Encoder:
 def _examples(config: TrainConfig, rules: BucketRules) -> tuple[list[Usable], list[Usable], dict[Path, str]]:
     """(to train on, held out, left out with reasons)."""
     data, seed = config.data, config.train.seed
-    found = look_at(data.folder, sizes=rules, skip_bad=data.skip_bad, seed=seed)
+    told: dict[str, Any] = {"caption_from": data.caption_from, "fallback_caption": data.fallback_caption}
+    told |= {"sizes": rules, "skip_bad": data.skip_bad, "seed": seed}
+    more = [Source(folder.folder, folder.weight, folder.repeats) for folder in data.folders]
+    found = look_at([Source(data.folder), *more], **told)
     training, skipped = list(found.items), dict(found.skipped)
     if isinstance(data.heldout, Path):
-        apart = look_at(data.heldout, sizes=rules, skip_bad=data.skip_bad, seed=seed)
+        apart = look_at(data.heldout, **told)
         inside = data.heldout.resolve()
         training = [item for item in training if not item.example.picture.resolve().is_relative_to(inside)]
         heldout, skipped = list(apart.items), skipped | dict(apart.skipped)
@@ -142,11 +180,42 @@ def _examples(config: TrainConfig, rules: BucketRules) -> tuple[list[Usable], li
     return training, heldout, skipped
 
 
+def _class_pictures(
+    config: TrainConfig, opened: Opened, family: Family, rules: BucketRules, listen: Count
+) -> list[Usable]:
+    """What the prior is kept with: a folder's pictures or the base's own drawings."""
+    if config.prior.kind != "pictures":
+        return []
+    folder = class_folder(config, opened, family, listen)
+    sources = [Source(folder, regularisation=True)]
+    caption = config.prior.subject or None
+    found = look_at(sources, sizes=rules, fallback_caption=caption, skip_bad=config.data.skip_bad)
+    return list(found.items)
+
+
+def _caption_rules(data: DataConfig) -> CaptionRules:
+    return CaptionRules(
+        trigger=data.trigger or None,
+        shuffle=data.shuffle,
+        keep_tokens=data.keep_tokens,
+        dropout=data.caption_dropout,
+        variants=data.caption_variants,
+    )
+
+
 def _bucket_rules(data: DataConfig, opened: Opened, family: Family) -> BucketRules:
     config: Any = getattr(opened.pipe, family.denoiser).config
     stages = len(config.get("block_out_channels") or (1, 1))  # transformers take 2x2 patches
     step = int(opened.pipe.vae_scale_factor) * 2 ** (stages - 1)
-    return BucketRules(resolutions=(data.resolution,), step=step, flip=data.flip, upscale=data.upscale)
+    return BucketRules(
+        resolutions=(data.resolution, *data.resolutions),
+        step=step,
+        max_aspect=data.max_aspect,
+        upscale=data.upscale,
+        crop=data.crop,
+        crops=data.crops,
+        flip=data.flip,
+    )
 
 
 def _views(group: Sequence[Usable]) -> list[tuple[Path, View]]:
@@ -166,10 +235,13 @@ def _mask(usable: Usable, view: View, latents: Tensor) -> Tensor | None:
     return nn.functional.interpolate(values, size=latents.shape[-2:], mode="area")[0, 0]
 
 
-def _let_go(pipe: Any, family: Family) -> None:
-    for name in ("vae", *family.text_encoders):
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            setattr(pipe, name, None)
+def _present(pipe: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if isinstance(getattr(pipe, name, None), nn.Module)]
+
+
+def _let_go(pipe: Any, parts: Sequence[str]) -> None:
+    for name in parts:
+        setattr(pipe, name, None)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_diffusion.training.config import LoopConfig
+from lora_diffusion.training.sections import LoopConfig
 
 
 def rate(step: int, settings: LoopConfig) -> float:

@@ -13,7 +13,9 @@ from lora_diffusion.families.splitting import of_norm, split_rows, swap_halves
 from lora_diffusion.methods import METHODS, bias_change, new_method
 
 WIDTHS = [24, 12, 12]
-METHODS_OF_ROWS = [m for m in METHODS if METHODS[m].supports(nn.Linear(16, 48)) and m != "vera"]
+#: in files these are plain LoRA, or nothing that has rows
+OTHERS = ("vera", "adalora", "tlora", "bottleneck")
+METHODS_OF_ROWS = [m for m in METHODS if METHODS[m].supports(nn.Linear(16, 48)) and m not in OTHERS]
 
 
 def filled(method: str, layer: nn.Module, **settings: object) -> LayerAdapter:
@@ -83,6 +85,7 @@ def test_a_kronecker_product_is_cut_within_a_row_of_its_first_factor(magnitude: 
         ("oft", {"alpha": 0.1}, "unbounded"),
         ("oft", {"stages": 1}, "unbounded"),
         ("vera", {}, "cannot be divided"),
+        ("bottleneck", {}, "cannot be divided"),
     ],
 )
 def test_what_depends_on_all_rows_at_once_is_an_error(method: str, settings: dict[str, object], said: str):

@@ -22,7 +22,7 @@ from lora_diffusion.formats import container
 from lora_diffusion.formats.kohya import KOHYA
 from lora_diffusion.formats.peft_folder import save_peft_folder
 from lora_diffusion.lora import Slot, place, take_off
-from lora_diffusion.methods import METHODS, Method, new_method
+from lora_diffusion.methods import METHODS, Method, new_method, written
 from lora_diffusion.methods.vera import VeRA
 from tests import tiny
 from tests.formats import random_adapters
@@ -156,8 +156,8 @@ def filled(method: type[Method], layer: nn.Module) -> LayerAdapter:
 
 
 #: LyCORIS 4.1 cannot open its own (IA)³ files: `make_module_from_state_dict` takes one tensor of the two it is given;
-#: it has no VeRA, and no bias beside a pair
-READ_BY_LYCORIS = [m for m in METHODS if m not in ("ia3", "vera", "biased")]
+#: it has no VeRA, no bottleneck and no bias beside a pair
+READ_BY_LYCORIS = [m for m in METHODS if m not in ("ia3", "vera", "bottleneck", "biased")]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_lycoris_merges_what_we_add(method: str, kind: str):
     layer = LAYERS[kind]().requires_grad_(requires_grad=False)
     adapter = filled(METHODS[method], layer)
     name = "down_blocks.0.layer"
-    tensors, _ = KOHYA.dump(Adapter("x", {"unet": {name: adapter}}))
+    tensors, _ = KOHYA.dump(Adapter("x", {"unet": written({name: adapter})}))
     stem = "lora_unet_down_blocks_0_layer"
     theirs = make_module(*get_module(tensors, stem), stem, layer)
     if method == "loha":  # its merge multiplies by alpha / rank twice; its forward, once

@@ -84,16 +84,49 @@ def test_norms_go_on_and_off() -> None:
     np.testing.assert_array_equal(tiny.picture(pipe), plain)
 
 
+def test_norms_train_from_a_configuration_and_the_rates_of_lora_plus_reach_the_optimiser(tmp_path: Path) -> None:
+    given = settings(tmp_path, lr=3e-2, steps=2, checkpoint_every=2)
+    given["adapter"] |= {"method": "norm", "targets": "norm"}
+    result = train(TrainConfig.parse(given))
+    assert result.adapter is not None
+    adapter = load_adapter(result.adapter)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    assert len(adapter) == len(find_targets(pipe.unet, "norm"))
+    assert all(layer.tensors["w_norm"].any() and layer.tensors["b_norm"].any() for *_, layer in adapter)
+    plain = tiny.picture(pipe)
+    with AdapterStack(pipe) as stack:
+        stack.add(adapter)
+        assert np.abs(tiny.picture(pipe) - plain).max() > 1e-3
+    seen: list[dict[float, int]] = []
+    step = torch.optim.AdamW.step
+
+    def note(self: torch.optim.AdamW, *args: object) -> object:
+        seen.append({group["lr"]: len(group["params"]) for group in self.param_groups})
+        return step(self, *args)  # type: ignore[arg-type]
+
+    given = settings(tmp_path, lr=1e-3, up_ratio=16.0, steps=2, warmup=0) | {"output": str(tmp_path / "plus")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", note)
+        train(TrainConfig.parse(given))
+    assert len(seen) == 2
+    assert list(seen[0]) == [1e-3, 16e-3]
+    assert seen[0][1e-3] == seen[0][16e-3]
+
+
 @pytest.mark.parametrize("method", ["dora", "lokr"])
 def test_it_trains_from_a_configuration_over_nf4_and_draws_what_it_learned(tmp_path: Path, method: str) -> None:
     given = settings(tmp_path, lr=3e-2, up_ratio=4.0)
     given["adapter"] |= {"method": method, "rslora": True}
+    if method == "lokr":
+        given["adapter"]["settings"] = {"factor": 2}
     result = train(TrainConfig.parse(given))
     assert result.backbone_unchanged
     assert result.adapter is not None
     adapter = load_adapter(result.adapter)
     assert adapter.methods == {method}
     assert adapter.spelling == ("diffusers" if method == "dora" else "kohya")
+    if method == "lokr":
+        assert {layer.tensors["w1"].shape for *_, layer in adapter} == {(2, 2)}
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "base")
     plain = tiny.picture(pipe)
     with AdapterStack(pipe) as stack:
@@ -110,6 +143,16 @@ def test_settings_that_a_method_has_not_are_refused() -> None:
         new_method("oft", rank=4, rslora=True)
     with pytest.raises(ConfigError, match="no rank axis"):
         attach(tiny.unet(), new_method("loha", rank=4), dropout=0.1)
+
+
+def test_a_methods_own_settings_are_checked_by_name_and_type(tmp_path: Path) -> None:
+    assert new_method("oft", {"stages": 3}, rank=4) == new_method("oft", rank=4, stages=3)
+    with pytest.raises(ConfigError, match=r"lora.*no setting 'factor'.*'rank'"):
+        new_method("lora", {"factor": 3})
+    with pytest.raises(ConfigError, match=r"lokr.*factor = 'x': input should be a valid integer"):
+        new_method("lokr", {"factor": "x"})
+    with pytest.raises(ConfigError, match=r"^vera: rank 256 and seed -1"):
+        new_method("vera", {"seed": -1})
 
 
 def test_rslora_is_kept_as_an_alpha() -> None:

@@ -15,7 +15,7 @@ from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, load_a
 from lora_diffusion.errors import ConfigError, DataError
 from lora_diffusion.training.checkpoints import CheckpointError, find_checkpoints
 from lora_diffusion.training.config import override
-from lora_diffusion.training.loop import DivergedError, Progress
+from lora_diffusion.training.results import DivergedError, Progress
 from tests import tiny
 from tests.training.pictures import config, settings
 

@@ -14,9 +14,10 @@ from lora_diffusion import TrainConfig, train
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families.flux import FLUX
 from lora_diffusion.families.sd import SD
-from lora_diffusion.training.config import LossConfig, TimesConfig, override
+from lora_diffusion.training.config import override
 from lora_diffusion.training.loss import Loss, loss_for, min_snr
 from lora_diffusion.training.objective import Flow, objective_for
+from lora_diffusion.training.sections import LossConfig, TimesConfig
 from tests.training.pictures import settings
 
 
@@ -84,7 +85,7 @@ def test_a_shift_of_its_own_replaces_the_schedulers_in_training_and_not_in_measu
     ("base", "changes", "match"),
     [
         ("flux", ("loss.snr_gamma=5.0",), r"loss\.snr_gamma = 5\.0 is for bases that predict epsilon or v"),
-        ("sd", ("times.shift=3.0",), r"\[times\] is for flows, and family 'sd'"),
+        ("sd", ("times.shift=3.0",), r"\[times\] but for emphasis is for flows, and family 'sd'"),
         ("flux", ("times.sampling=uniform", "times.mean=1.0"), r"times\.mean and times\.std are of 'logit-normal'"),
     ],
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from denoiser import digest
 from evaluate import COLOUR, PROMPTS, SEEDS, TOP1, TOP5
 from icons import BASE_STYLES, SETS
 from sheet import contact_sheet
@@ -31,12 +32,15 @@ PARTS = {
 
 
 def facts(work: Path) -> dict[str, float]:
-    """Samples and hours of the two trainings, from their states, and the pictures there were."""
-    vae, denoiser = (torch.load(work / name, weights_only=True, mmap=True) for name in ("vae.state", "denoiser.state"))
+    """Samples and hours of the three trainings, from their states, and the pictures there were."""
+    names = "vae.state", f"decoder.{digest(work)}.state", "denoiser.state"
+    vae, decoder, denoiser = (torch.load(work / name, weights_only=True, mmap=True) for name in names)
     rows = np.load(work / "pictures.npz")
     return {
         "vae_samples": vae["seen"],
         "vae_hours": vae["seconds"] / 3600,
+        "decoder_samples": decoder["seen"],
+        "decoder_hours": decoder["seconds"] / 3600,
         "samples": denoiser["seen"],
         "hours": denoiser["seconds"] / 3600,
         "vae_pictures": len(rows["labels"]),
@@ -88,7 +92,7 @@ def gate_lines(scores: dict) -> str:
     return "\n".join([*lines, "", verdict])
 
 
-def card(base: Path, work: Path, device: str) -> str:
+def card(base: Path, work: Path, device: str, history: str) -> str:
     """The whole text, from the template `card.md`."""
     scores = json.loads((base / "scores.json").read_text("utf-8"))
     tables = {
@@ -99,7 +103,7 @@ def card(base: Path, work: Path, device: str) -> str:
     }
     gate = {"top1": TOP1, "top5": TOP5, "colour": COLOUR, "least_prompts": PROMPTS, "least_seeds": SEEDS}
     template = Path(__file__).with_name("card.md").read_text("utf-8")
-    return template.format(**(scores | tables | gate | facts(work)), device=device)
+    return template.format(**(scores | tables | gate | facts(work)), device=device, history=history)
 
 
 def main() -> None:
@@ -107,9 +111,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--base", type=Path, default=Path(__file__).parents[2] / "samples" / "base")
     parser.add_argument("--device", required=True, help="what it was trained on, in words")
+    parser.add_argument("--history", default="", help="how the rate and the data changed on the way, in a sentence")
     args = parser.parse_args()
     contact_sheet(args.base, args.base / "contact.png", 78)
-    (args.base / "README.md").write_text(card(args.base, args.work, args.device), "utf-8")
+    (args.base / "README.md").write_text(card(args.base, args.work, args.device, args.history), "utf-8")
     print(args.base / "README.md")
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from denoiser import open_pipeline
+from denoiser import GUIDANCE, open_pipeline
 from diffusers import StableDiffusionPipeline
 
 LIMIT = 16_000_000  # bytes, all parts together
@@ -51,7 +51,7 @@ def check(out: Path) -> None:
     """Open the folder with stock Diffusers and draw one picture."""
     pipeline = StableDiffusionPipeline.from_pretrained(out)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline("red apple", num_inference_steps=4, guidance_scale=2.5).images[0]
+    picture = pipeline("red apple", num_inference_steps=4, guidance_scale=GUIDANCE).images[0]
     if picture.size != (64, 64):
         raise SystemExit(f"{out}: drew {picture.size}, expected (64, 64)")
 

@@ -52,12 +52,22 @@ class Run:
     """Trains `model` until `samples` have been seen, saving every `every` seconds.
 
     `rate` scales `lr` by the samples seen. `budget` (seconds) and Ctrl-C (or SIGTERM) only decide when
-    this call stops; they never change what is learned.
+    this call stops; they never change what is learned. `averaged` is the moving average's horizon in samples.
     """
 
     def __init__(
-        self, path: Path, model: nn.Module, *, lr: float, samples: int, batch: int, rate: Rate, seed: int = 0
+        self,
+        path: Path,
+        model: nn.Module,
+        *,
+        lr: float,
+        samples: int,
+        batch: int,
+        rate: Rate,
+        averaged: int = AVERAGED,
+        seed: int = 0,
     ) -> None:
+        self.averaged = averaged
         self.path, self.model, self.lr, self.samples, self.batch, self.rate = path, model, lr, samples, batch, rate
         self.seen = 0
         self.seconds = 0.0
@@ -144,7 +154,7 @@ class Run:
     @torch.no_grad()
     def _follow(self) -> None:
         steps = self.seen / self.batch
-        decay = min(1 - self.batch / AVERAGED, (1 + steps) / (10 + steps))
+        decay = min(1 - self.batch / self.averaged, (1 + steps) / (10 + steps))
         ours = self.model.state_dict()
         floats = [name for name, value in ours.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.average[n] for n in floats], [ours[n] for n in floats], 1 - decay)

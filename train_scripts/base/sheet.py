@@ -12,11 +12,11 @@ import textwrap
 from pathlib import Path
 
 import torch
+from denoiser import GUIDANCE, STEPS
 from diffusers import StableDiffusionPipeline
 from icons import BASE_STYLES, DEFAULT_STYLE, read_things
 from PIL import Image, ImageDraw, ImageFont
 
-STEPS, GUIDANCE = 20, 2.5
 SIDE, GAP, TEXT, COLUMNS = 64, 12, 22, 12  # pixels, and pictures in a row
 STYLED = ("red apple", "cat face", "house", "rocket", "penguin", "woman cook")
 

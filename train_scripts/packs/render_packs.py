@@ -148,12 +148,13 @@ def _manifest(pack: Pack) -> str:
 def _readme(pack: Pack) -> str:
     licence, credit, source = LICENCES[pack.name]
     package, version = SETS[pack.style]
+    made = "scaled down from the pictures" if pack.name == "clay" else "rendered from the icons"
     return f"""# {pack.name}: {LOOKS[pack.name]}
 
 {_contents(pack)}
 
 Artwork: {credit} (<{source}>), licence {licence}: `../../LICENSES/`.
-Changed: rendered from the icons of npm's `{package}` {version} to 64x64 pixels on white.
+Changed: {made} of npm's `{package}` {version} to 64x64 pixels on white.
 Made by `train_scripts/packs/render_packs.py`. Neither the artists nor their companies endorse this project.
 """
 

@@ -1,0 +1,119 @@
+"""The end of a run: measured against the base, taken off, saved with what it says about itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lora_diffusion.adapter import Adapter
+from lora_diffusion.formats.files import save_adapter
+from lora_diffusion.pipelines import DTYPES
+from lora_diffusion.quantize import dequantize, fingerprint
+from lora_diffusion.training.judging import mean
+from lora_diffusion.training.results import Listener, Progress, TrainResult
+
+if TYPE_CHECKING:
+    from lora_diffusion.training.loop import Run
+
+
+def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
+    """Measure base and adapter, take the slots off and write the files (the average as `train.ema_saved` says)."""
+    name, cap = run.config.name, run.config.adapter.max_norm
+    beside = run.average is not None and run.config.train.ema_saved == "beside"
+    if run.average and not beside:
+        run.average.put_in(cap)
+    run.trained.weigh(0.0)
+    listen(Progress("measure", 0, 2))
+    base = run.judge.bands(run.heldout)
+    run.trained.weigh(1.0)
+    listen(Progress("measure", 1, 2))
+    made = [_measured(run, name)]
+    if run.average and beside:
+        run.average.put_in(cap)
+        made.append(_measured(run, f"{name}-ema"))
+    listen(Progress("measure", 2, 2))
+    if run.config.watch.prompts and run.processes.index == 0:
+        run.painter.at_weights(run.trained)
+    norms = {a.component: {n: _norm(a.model, n) for n in a.slots} for a in run.trained.attachments}
+    run.trained.detach()
+    unchanged = fingerprint(run.denoiser) == run.before
+    if run.processes.index == 0:
+        for adapter, bands in made:
+            said = _metadata(run, adapter.name, mean(base), mean(bands))
+            save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
+    run.processes.wait()
+    adapter, trained = made[0]
+    return TrainResult(
+        _path(run, adapter),
+        run.step,
+        seconds,
+        run.losses,
+        mean(base),
+        mean(trained),
+        unchanged,
+        adapter.parameters,
+        run.opened.report,
+        bands_base=base,
+        bands_adapter=trained,
+        measured=run.measured,
+        weights=norms,
+        previews=sorted((run.config.output / "previews").glob("[sw]*.png")),
+        memory=_peak_memory(),
+    )
+
+
+def save_best(run: Run, loss: float) -> None:
+    """Keep the adapter as it is now as NAME-best.safetensors."""
+    adapter = run.trained.adapter(f"{run.config.name}-best", dtype=DTYPES[run.config.adapter.save_dtype])
+    said = _metadata(run, adapter.name, None, loss)
+    save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
+
+
+def _norm(model: nn.Module, name: str) -> float:
+    return dequantize(model.get_submodule(name)).float().norm().item()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # there is none on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _measured(run: Run, name: str) -> tuple[Adapter, list[float]]:
+    """The adapter as it is now, and its held-out losses by band."""
+    bands = run.judge.bands(run.heldout)
+    return run.trained.adapter(name, dtype=DTYPES[run.config.adapter.save_dtype]), bands
+
+
+def _path(run: Run, adapter: Adapter) -> Path:
+    return run.config.output / f"{adapter.name}.safetensors"
+
+
+def _metadata(run: Run, title: str, base: float | None, trained: float) -> dict[str, str]:
+    config = run.config.model_dump(mode="json", exclude={"output": True, "base": True, "adapter": {"init_from"}})
+    facts = {
+        "base": Path(run.config.base).name,
+        "base_precision": run.config.backbone.precision,
+        "base_sha256": run.before,
+        "family": run.family.name,
+        **({} if base is None else {"heldout_loss_base": base}),
+        "heldout_loss_adapter": trained,
+        "pictures": len(run.data.items),
+        "step": run.step,
+        **({} if run.start is None else {"continues_sha256": run.start}),
+        "settings": {**config, "data": {"resolution": run.config.data.resolution}},
+    }
+    return {
+        "lora_diffusion": json.dumps(facts, sort_keys=True),
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": run.config.data.trigger,
+    }

@@ -1,0 +1,63 @@
+"""What a caller hears while a run goes on, and gets when it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_diffusion.errors import LoraDiffusionError
+from lora_diffusion.quantize import QuantizationReport
+
+
+class DivergedError(LoraDiffusionError, ArithmeticError):
+    """The loss or the gradients are no numbers any more."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a caller is told after each step. `stage` is "prepare", "measure" or "train"."""
+
+    stage: str
+    done: int
+    total: int
+    loss: float = math.nan
+
+
+Listener = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out. Losses are mean squared errors at fixed noise and times over the held-out pictures."""
+
+    adapter: Path | None  # None when interrupted
+    steps: int
+    seconds: float
+    losses: list[float] = field(repr=False)
+    heldout_base: float = math.nan
+    heldout_adapter: float = math.nan
+    backbone_unchanged: bool = True
+    parameters: int = 0
+    report: QuantizationReport | None = field(default=None, repr=False)
+    bands_base: list[float] = field(default_factory=list[float], repr=False)
+    """Held-out losses by time, clean to noisy."""
+    bands_adapter: list[float] = field(default_factory=list[float], repr=False)
+    measured: list[tuple[int, float]] = field(
+        default_factory=list[tuple[int, float]], repr=False
+    )  # step, held-out loss
+    weights: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]], repr=False)
+    """Component -> layer -> ‖W‖ of the frozen weights that were adapted."""
+    previews: list[Path] = field(default_factory=list[Path], repr=False)  # in the order they were drawn
+    memory: int = 0  # bytes at the peak: of the GPU where there is one, else of this process
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss where the held-out loss was lowest, of those that were measured on the way."""
+        return min(self.measured, key=lambda one: one[1], default=None)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it stopped early; the same call goes on."""
+        return self.adapter is None
