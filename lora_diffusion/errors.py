@@ -7,6 +7,7 @@
     ├── ConfigError           a setting is unknown or has a wrong value
     └── DataError             pictures or captions cannot be used
 
+Rooms add their own below these: a checkpoint that cannot be gone on from, a loss that is no number.
 Every message names its subject (file, adapter, layer), what was found, what was expected and the
 likely cause, in one sentence. The command line prints it alone and exits with 2.
 """
@@ -14,7 +15,7 @@ likely cause, in one sentence. The command line prints it alone and exits with 2
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LoraDiffusionError(Exception):
@@ -55,3 +56,9 @@ def some(names: Iterable[object], limit: int = 3) -> str:
     listed = [str(name) for name in names]
     shown = ", ".join(repr(name) for name in listed[:limit])
     return f"{shown} and {len(listed) - limit} more" if len(listed) > limit else shown
+
+
+def in_lines(names: Sequence[object], limit: int = 20) -> str:
+    """At most `limit` of them, each on its own line, and how many more there are."""
+    more = [f"… and {len(names) - limit} more"] if len(names) > limit else []
+    return "".join(f"\n  {name}" for name in [*map(str, names[:limit]), *more])

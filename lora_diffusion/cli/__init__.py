@@ -22,6 +22,11 @@ from lora_diffusion.cli.resize import resize
 from lora_diffusion.cli.train import train
 from lora_diffusion.errors import LoraDiffusionError
 
+_FULL = (
+    "the GPU's memory is full; training takes less with train.checkpointing=true and a lower train.batch"
+    " (`lora-diffusion plan CONFIG.toml --gpu GIB` says what fits), drawing with --quantize nf4"
+)
+
 
 def application(*commands: Callable[..., None]) -> typer.Typer:
     """A typer application of these commands (one command: without a name of its own)."""
@@ -45,6 +50,11 @@ def run(*commands: Callable[..., None]) -> None:
         application(*commands)()
     except LoraDiffusionError as error:
         print(f"lora-diffusion: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch here would cost seconds
+            raise
+        print(f"lora-diffusion: {_FULL}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("lora-diffusion: interrupted", file=sys.stderr)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_diffusion.errors import ConfigError, DataError
+from lora_diffusion.errors import ConfigError, DataError, in_lines
 
 __all__ = ["PICTURE_SUFFIXES", "CaptionFrom", "Example", "Source", "find_examples"]
 
@@ -81,10 +81,9 @@ def find_examples(
             share = source.weight * source.repeats * _repeats(picture.parent, source.folder)
             examples.append(Example(picture, caption, share, _mask_of(picture), source.regularisation))
     if bare:
-        listed = "".join(f"\n  {path}" for path in bare)
         raise DataError(
-            f"{len(bare)} of {len(bare) + len(examples)} pictures have no caption; put a .txt file beside each, set "
-            f"fallback_caption, or use caption_from='filename':{listed}"
+            f"{len(bare)} of {len(bare) + len(examples)} pictures have no caption; put a .txt file beside each, or set "
+            f"data.fallback_caption or data.caption_from=filename:{in_lines(bare)}"
         )
     return examples
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_diffusion.data.buckets import BucketRules, View, views
 from lora_diffusion.data.examples import CaptionFrom, Example, Source, find_examples
 from lora_diffusion.data.pictures import PictureInfo, PictureRules, inspect_picture, open_mask
-from lora_diffusion.errors import DataError
+from lora_diffusion.errors import DataError, in_lines
 
 __all__ = ["Item", "Prepared", "prepare"]
 
@@ -64,9 +64,10 @@ def prepare(
         if progress is not None:
             progress(done, len(examples))
     if bad and (not skip_bad or not items):
-        advice = "repair or remove them, or set skip_bad" if items else "nothing is left to train on"
-        listed = "".join(f"\n  {why}" for why in bad.values())
-        raise DataError(f"{len(bad)} of {len(examples)} pictures cannot be used; {advice}:{listed}")
+        advice = "repair or remove them, or set data.skip_bad=true" if items else "nothing is left to train on"
+        raise DataError(
+            f"{len(bad)} of {len(examples)} pictures cannot be used; {advice}:{in_lines(list(bad.values()))}"
+        )
     return Prepared(tuple(items), bad)
 
 

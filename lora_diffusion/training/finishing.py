@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,8 +106,8 @@ def _metadata(run: Run, title: str, base: float | None, trained: float) -> dict[
         "base_precision": run.config.backbone.precision,
         "base_sha256": run.before,
         "family": run.family.name,
-        **({} if base is None else {"heldout_loss_base": base}),
-        "heldout_loss_adapter": trained,
+        **({} if base is None or math.isnan(base) else {"heldout_loss_base": base}),
+        **({} if math.isnan(trained) else {"heldout_loss_adapter": trained}),
         "pictures": len(run.data.items),
         "step": run.step,
         **({} if run.start is None else {"continues_sha256": run.start}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lora_diffusion.quantize import Precision
 
@@ -32,6 +32,14 @@ class DataConfig(Section):
     """Pictures with captions beside them (`NAME.txt`, `metadata.jsonl`, …)."""
     heldout: Path | float = 0.1
     """A folder of pictures that are never trained on, or the share of `folder` to hold out (0 to 0.5)."""
+
+    @field_validator("heldout")
+    @classmethod
+    def _is_a_share(cls, value: Path | float) -> Path | float:
+        if not isinstance(value, Path) and not 0 <= value <= 0.5:
+            raise ValueError(f"data.heldout is {value}; expected a folder, or a share from 0 to 0.5")
+        return value
+
     resolution: int = Field(512, ge=16, multiple_of=8)
     """Pixels; pictures are brought to buckets of about this area."""
     upscale: bool = False

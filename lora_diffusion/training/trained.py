@@ -119,8 +119,10 @@ class Trained:
 
     def adapter(self, name: str, *, dtype: torch.dtype = torch.float32) -> Adapter:
         """A copy of all of it in the neutral form."""
-        layers = {a.component: a.adapter(name, dtype=dtype).layers[a.component] for a in self.attachments}
-        return Adapter(name, layers, self.words.embeddings() if self.words else {})
+        parts = [attachment.adapter(name, dtype=dtype) for attachment in self.attachments]
+        layers = {component: layers for part in parts for component, layers in part.layers.items()}
+        embeddings = self.words.embeddings() if self.words else {}
+        return Adapter(name, layers, embeddings, metadata=parts[0].metadata)
 
     def detach(self) -> None:
         """Take everything off."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from lora_diffusion import AdapterStack, LoRA, attach, save_adapter
@@ -97,7 +98,7 @@ def test_generate_writes_the_stack_s_picture_with_its_recipe(
     pipe = load_for_drawing(base / "base", None, "cpu").pipe
     with AdapterStack(pipe) as stack:
         stack.add(style, 0.7)
-        (expected,) = draw(pipe, ["a red fox"], [5], Drawing(2, 5.0, (32, 32)))
+        (expected,) = draw(pipe, ["a red fox"], [5], Drawing(2, None, (32, 32)))
     assert drawn.tobytes() == expected.tobytes()
     assert run(monkeypatch, *words) == 2  # exists already
 
@@ -137,6 +138,20 @@ def test_a_file_that_is_no_adapter_is_named(base: Path, monkeypatch: pytest.Monk
     fake = tmp_path / "page.safetensors"
     fake.write_text("<!DOCTYPE html><html>not found</html>")
     assert run(monkeypatch, "generate", "x", "-b", base / "base", "-a", fake, "-o", tmp_path / "x.png") == 2
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_full_gpu_is_one_sentence(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    monkeypatch.setattr("lora_diffusion.generating.draw", full)
+    assert run(monkeypatch, "generate", "x", "-b", base / "base", "-o", tmp_path / "x.png", "--steps", "1") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lora-diffusion: the GPU's memory is full")
+    assert said.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
 
 

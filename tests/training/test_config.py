@@ -60,3 +60,10 @@ def test_missing_file_and_broken_toml(tmp_path: Path) -> None:
         load(tmp_path, "name = ")
     with pytest.raises(ConfigError, match="'data' is missing"):
         load(tmp_path, 'name="x"\nbase="b"\noutput="o"')
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.9, 5])
+def test_a_share_to_hold_out_that_leaves_too_little_is_refused(share: float) -> None:
+    given = {"name": "x", "base": "b", "output": "o", "data": {"folder": "f", "heldout": share}}
+    with pytest.raises(ConfigError, match=r"data\.heldout is .*expected a folder, or a share from 0 to 0\.5"):
+        TrainConfig.parse(given)

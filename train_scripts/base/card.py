@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def card(base: Path, work: Path, device: str, history: str) -> str:
     }
     gate = {"top1": TOP1, "top5": TOP5, "colour": COLOUR, "least_prompts": PROMPTS, "least_seeds": SEEDS}
     template = Path(__file__).with_name("card.md").read_text("utf-8")
-    return template.format(**(scores | tables | gate | facts(work)), device=device, history=history)
+    return template.format(**(scores | tables | gate | facts(work)), device=device, history=textwrap.fill(history, 118))
 
 
 def main() -> None:
