@@ -29,6 +29,7 @@ from lora_diffusion.methods import METHODS, Course, Method, resumed, written
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.methods.starts import StartBranch, difference, first_half
 from lora_diffusion.methods.tlora import TLoRABranch
+from lora_diffusion.products import pair_norm
 from lora_diffusion.targets import Targets, find_targets
 
 NAME = "training"  # what a slot calls the adapter that is being trained
@@ -116,9 +117,7 @@ class Attachment:
         with torch.no_grad():
             for slot in self.slots.values():
                 for _, _, scale in slot.pairs:
-                    down, up = slot.down.flatten(1), slot.up
-                    square = ((down @ down.t()) * (up @ up.t())).sum().clamp_min(0)
-                    norm = abs(scale) * math.sqrt(square.item())
+                    norm = pair_norm(slot.down, slot.up, scale)
                     if norm > limit:
                         slot.down.mul_(math.sqrt(limit / norm))
                         slot.up.mul_(math.sqrt(limit / norm))

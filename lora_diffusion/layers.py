@@ -20,9 +20,10 @@ def is_convolution(layer: nn.Module) -> bool:
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether it is torch's LayerNorm, GroupNorm or RMSNorm and has a scale."""
-    kinds = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
-    return isinstance(layer, kinds) and isinstance(getattr(layer, "weight", None), Tensor)
+    """Whether it is torch's LayerNorm, GroupNorm or RMSNorm, or Diffusers' own RMSNorm, and has a scale."""
+    known = isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
+    known = known or (type(layer).__name__ == "RMSNorm" and hasattr(layer, "eps"))
+    return known and isinstance(getattr(layer, "weight", None), Tensor)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ class LowRank(torch.autograd.Function):
         )
         grad_x = inner @ down.to(inner.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_down, grad_up, None
+
+
+def pair_norm(down: Tensor, up: Tensor, scale: float = 1.0) -> float:
+    """Frobenius norm of scale · upᵀ · down, `down` (rank, …) and `up` (rank, out), without making the product."""
+    rows = down.flatten(1)
+    square = ((rows @ rows.t()) * (up @ up.t())).sum().item()
+    return abs(scale) * math.sqrt(max(0.0, square))
 
 
 def gated(hidden: Tensor, gate: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lora_diffusion.gates import Resolved, Weight
 from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Pair, Part
 from lora_diffusion.methods import METHODS, is_dense
+from lora_diffusion.products import pair_norm
 from lora_diffusion.resident import Met
 
 
@@ -51,9 +52,8 @@ class Stacked:
         if site not in self.norms:
             part = self.part(site, layer)
             if isinstance(part, Pair):
-                down, up = part.down.double().flatten(1), part.up.double().reshape(-1, part.rank)
-                square = float(((up.t() @ up) * (down @ down.t())).sum())
-                self.norms[site] = abs(part.scale) * math.sqrt(max(0.0, square))
+                up = part.up.double().reshape(-1, part.rank).t()
+                self.norms[site] = pair_norm(part.down.double(), up, part.scale)
             elif not is_dense(self.layers[site].method):
                 self.norms[site] = 0.0  # it has none, and `balance` leaves it as it is
             else:

@@ -57,11 +57,16 @@ def padded(states: Sequence[Tensor], length: int) -> dict[str, Tensor]:
     return {"states": rows, "mask": mask.to(rows.dtype)}
 
 
-def instead_of_empty(prompts: Sequence[str], given: Tensor, empty: Tensor) -> Tensor:
-    """`given` (n, …), but `empty` where there is no prompt: what guidance is told away from.
+def instead_of_empty(prompts: Sequence[str], **tensors: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Name -> (given, empty), each (n, …): the given, but the empty one where there is no prompt.
+
+    Empty is what guidance is told away from.
 
     Some pipelines encode a missing prompt in another way than an empty one (zeros, no system prompt); caption
     dropout has to train that way.
     """
-    blank = torch.tensor([not prompt for prompt in prompts], device=given.device)
-    return torch.where(blank.view(-1, *[1] * (given.dim() - 1)), empty, given)
+    blank = torch.tensor([not prompt for prompt in prompts])
+    return {
+        name: torch.where(blank.to(given.device).view(-1, *[1] * (given.dim() - 1)), empty, given)
+        for name, (given, empty) in tensors.items()
+    }

@@ -27,10 +27,7 @@ class Lumina2:
     def encode_prompts(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
         """{"states": (n, 256, width), "mask": (n, 256)}; no prompt goes without the system prompt."""
         states, mask, no_states, no_mask = pipe.encode_prompt(prompts, device=pipe.text_encoder.device)
-        return {
-            "states": instead_of_empty(prompts, states, no_states),
-            "mask": instead_of_empty(prompts, mask, no_mask),
-        }
+        return instead_of_empty(prompts, states=(states, no_states), mask=(mask, no_mask))
 
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
         """(mode - shift_factor) * scaling_factor."""

@@ -15,7 +15,7 @@ from lora_diffusion.adapter import LayerAdapter, same_layer
 from lora_diffusion.errors import AdapterMismatchError
 from lora_diffusion.families.names import Place, places
 from lora_diffusion.families.names.numbered import is_numbered, number_layers
-from lora_diffusion.families.splitting import split_rows, swap_halves
+from lora_diffusion.families.splitting import of_norm, split_rows, swap_halves
 from lora_diffusion.layers import is_convolution, is_linear, out_width
 
 
@@ -101,7 +101,7 @@ def _shares(name: str, layer: LayerAdapter, live: _Live) -> list[tuple[str, Laye
     if place is None:
         return []
     if len(place.layers) == 1 and not place.swapped:
-        return [(place.layers[0], layer)]
+        return [(place.layers[0], of_norm(layer, live.modules[place.layers[0]]))]
     modules = [live.modules[target] for target in place.layers]
     if odd := [t for t, m in zip(place.layers, modules, strict=True) if not (is_linear(m) or is_convolution(m))]:
         raise AdapterMismatchError(f"{name!r} is {odd[0]!r} of the model, which is no layer whose rows can be divided")

@@ -31,10 +31,7 @@ class SanaImage:
         states, mask, no_states, no_mask = pipe.encode_prompt(
             prompts, device=pipe.text_encoder.device, complex_human_instruction=instruction
         )
-        return {
-            "states": instead_of_empty(prompts, states, no_states),
-            "mask": instead_of_empty(prompts, mask, no_mask),
-        }
+        return instead_of_empty(prompts, states=(states, no_states), mask=(mask, no_mask))
 
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
         """The autoencoder's latents (there is no posterior), scaled."""

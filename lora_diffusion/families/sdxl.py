@@ -28,10 +28,7 @@ class StableDiffusionXL:
     def encode_prompts(self, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
         """{"states": (n, tokens, width), "pooled": (n, width)}; no prompt is zeros where the pipeline says so."""
         states, no_states, pooled, no_pooled = pipe.encode_prompt(prompts, device=pipe.text_encoder.device)
-        return {
-            "states": instead_of_empty(prompts, states, no_states),
-            "pooled": instead_of_empty(prompts, pooled, no_pooled),
-        }
+        return instead_of_empty(prompts, states=(states, no_states), pooled=(pooled, no_pooled))
 
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
         """The VAE posterior's mode, scaled; in float32 where the VAE overflows in float16."""

@@ -24,6 +24,7 @@ AlphaOf = Callable[[str, str, int], float | None]
 #: method -> the sets of tensors of which one must be whole
 _WHOLE: dict[str, tuple[frozenset[str], ...]] = {
     "lora": (frozenset({"down", "up"}),),
+    "biased": (frozenset({"down", "up"}),),
     "dora": (frozenset({"down", "up", "magnitude"}),),
     "locon": (frozenset({"down", "mid", "up"}),),
     "loha": (frozenset({"w1_a", "w1_b", "w2_a", "w2_b"}),),
@@ -42,6 +43,7 @@ _WHOLE: dict[str, tuple[frozenset[str], ...]] = {
 #: method -> (tensor, axis) whose length is the rank, the first that is there
 _RANK: dict[str, tuple[tuple[str, int], ...]] = {
     "lora": (("down", 0),),
+    "biased": (("down", 0),),
     "dora": (("down", 0),),
     "locon": (("down", 0),),
     "loha": (("w1_b", 0),),
@@ -115,7 +117,7 @@ def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> 
         for key, _ in group.parts.values():
             parsed.unused[key] = problem
         return None
-    rank = _rank(method, tensors)
+    rank = rank_of(method, tensors)
     if rank is None:  # the alpha of OFT is a constraint, that of a LoKr in full means nothing: kept, never a scale
         return LayerAdapter(method, tensors, *_stored(alpha, parsed))
     try:
@@ -145,6 +147,8 @@ def _method(methods: set[str], parts: Mapping[str, object]) -> str:
         return "locon"
     if methods == {"lora"} and ("magnitude" in parts or "dora_scale" in parts):
         return "dora"
+    if methods == {"lora"} and {"diff_b", "up_bias"} & parts.keys():
+        return "biased"
     if not methods:
         return "full"
     return min(methods)
@@ -178,7 +182,8 @@ def _unlike_ranks(tensors: Mapping[str, Tensor]) -> str | None:
     return f"down {tuple(down.shape)} and up {tuple(up.shape)} are no pair: expected (rank, in) and (out, rank)"
 
 
-def _rank(method: str, tensors: Mapping[str, Tensor]) -> int | None:
+def rank_of(method: str, tensors: Mapping[str, Tensor]) -> int | None:
+    """The rank that a layer's tensors show; None where the method has none."""
     for part, axis in _RANK.get(method, ()):
         if part in tensors and tensors[part].ndim > axis:
             return tensors[part].shape[axis]

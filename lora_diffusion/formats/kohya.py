@@ -38,12 +38,14 @@ _PREFIXES = {
     "text_encoder_2": "lora_te2_",
     "text_encoder_3": "lora_te3_",
 }
+_PAIR = {"down": "lora_down.weight", "up": "lora_up.weight"}
 _MAGNITUDE = {"magnitude": "dora_scale"}
 #: method -> tensor -> suffix
 _SUFFIXES: dict[str, dict[str, str]] = {
-    "lora": {"down": "lora_down.weight", "up": "lora_up.weight", "diff_b": "diff_b", "up_bias": "lora_B.bias"},
-    "dora": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
-    "locon": {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"},
+    "lora": _PAIR,
+    "biased": _PAIR | {"diff_b": "diff_b", "up_bias": "lora_B.bias"},
+    "dora": _PAIR | _MAGNITUDE,
+    "locon": _PAIR | {"mid": "lora_mid.weight"} | _MAGNITUDE,
     "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | _MAGNITUDE,
     "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | _MAGNITUDE,
     "ia3": {"weight": "weight", "on_input": "on_input"},

@@ -19,6 +19,7 @@ from torch import nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.fitting import fit
+from lora_diffusion.formats.assemble import rank_of
 from lora_diffusion.formats.identity import family_of, settings_of, tool_of, trigger_words
 from lora_diffusion.formats.provenance import named_layers
 from lora_diffusion.inspection.blocks import block_of, in_order
@@ -98,6 +99,7 @@ class CoverageReport:
 
     def _blocks(self) -> Table:
         table = Table("component", "block", "layers", "method", "rank", "alpha (from)", "parameters")
+        table.columns[1].no_wrap, table.columns[1].min_width = True, max(len(row.block) for row in self.rows)
         for row in self.rows:
             alphas = f"{_counts(row.alphas)} ({_counts(row.alpha_sources)})" if row.alphas else "none"
             cells = (row.block, f"{row.layers:,}", _counts(row.methods), _counts(row.ranks), alphas)
@@ -150,7 +152,7 @@ def _row(component: str, block: str, layers: list[LayerAdapter]) -> Row:
         block,
         len(layers),
         count([layer.method for layer in layers]),
-        count([str(layer.tensors["down"].shape[0]) for layer in layers if "down" in layer.tensors]),
+        count([str(rank) for layer in layers if (rank := rank_of(layer.method, layer.tensors)) is not None]),
         count([f"{layer.alpha:g}" for layer in layers if layer.alpha is not None]),
         count([layer.alpha_source for layer in layers if layer.alpha is not None]),
         sum(tensor.numel() for layer in layers for tensor in layer.tensors.values()),

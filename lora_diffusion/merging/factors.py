@@ -6,7 +6,6 @@ decompositions and one r x r SVD; the dense product is never made.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.methods.lora import LoRA
+from lora_diffusion.products import pair_norm
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Factors:
 
     def norm(self) -> float:
         """Frobenius norm of the delta."""
-        return math.sqrt(max(0.0, self.dot(self)))
+        return pair_norm(self.down.double(), self.up.double().t())
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, r), s (r,) falling, V (r, in · kh · kw), in float64."""

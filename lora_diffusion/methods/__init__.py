@@ -60,6 +60,7 @@ METHODS: Registry[type[Method]] = Registry(
     "methods",
     {
         "lora": "lora_diffusion.methods.lora:LoRA",
+        "biased": "lora_diffusion.methods.biased:Biased",
         "dora": "lora_diffusion.methods.dora:DoRA",
         "adalora": "lora_diffusion.methods.adalora:AdaLoRA",
         "tlora": "lora_diffusion.methods.tlora:TLoRA",
@@ -132,8 +133,12 @@ def is_dense(name: str) -> bool:
 
 
 def bias_change(adapter: LayerAdapter) -> Tensor | None:
-    """What a layer's share adds to the bias at weight 1: `diff_b` of "full", `b_norm` of "norm"; None for others."""
-    return next((adapter.tensors[key] for key in ("diff_b", "b_norm") if key in adapter.tensors), None)
+    """What a layer's share adds to the bias at weight 1: `diff_b`, `b_norm`, and a pair's `up_bias` times its scale."""
+    found = next((adapter.tensors[key] for key in ("diff_b", "b_norm") if key in adapter.tensors), None)
+    if adapter.method != "biased" or "up_bias" not in adapter.tensors:
+        return found
+    scaled = adapter.tensors["up_bias"].float() * METHODS[adapter.method].scale(adapter)
+    return scaled if found is None else found.float() + scaled
 
 
 def new_method(name: str, own: Mapping[str, object] | None = None, /, **settings: object) -> Method:

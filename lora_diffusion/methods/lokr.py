@@ -37,11 +37,17 @@ def factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return first, (a.flatten(1) @ b.flatten(1)).unflatten(1, b.shape[1:])
 
 
-def kronecker(first: Tensor, second: Tensor, layer: nn.Module) -> Tensor:
-    """first ⊗ second in the shape of the layer's weight."""
-    return torch.kron(first.reshape(*first.shape, *(1,) * (second.dim() - 2)), second.contiguous()).reshape(
-        weight_shape(layer)
-    )
+def kronecker(first: Tensor, second: Tensor, layer: nn.Module, window: Tensor | None = None) -> Tensor:
+    """first ⊗ second in the shape of the layer's weight; with a window, those rows of it."""
+    product = torch.kron(first.reshape(*first.shape, *(1,) * (second.dim() - 2)), second.contiguous())
+    return _rows(product.reshape(len(product), -1), window, 0).reshape(weight_shape(layer))
+
+
+def _rows(product: Tensor, window: Tensor | None, axis: int) -> Tensor:
+    if window is None:
+        return product
+    start, stop = (int(row) for row in window.tolist())
+    return product.narrow(axis, start, stop - start)
 
 
 class LoKrBranch(DeltaBranch):
@@ -49,15 +55,19 @@ class LoKrBranch(DeltaBranch):
 
     def delta(self, layer: nn.Module) -> Tensor:
         """s · w1 ⊗ w2."""
-        return self.scale * kronecker(*factors(self.held), layer)  # pyright: ignore[reportArgumentType]
+        return self.scale * kronecker(*factors(dict(self.held.items())), layer, self._window)
 
     def delta_product(self, layer: nn.Module, x: Tensor) -> Tensor:
         """s · w1 X w2ᵀ with the row x as the matrix X (c, d)."""
         if isinstance(layer, nn.Conv2d):
             return super().delta_product(layer, x)
-        first, second = factors(self.held)  # pyright: ignore[reportArgumentType]
+        first, second = factors(dict(self.held.items()))
         inner = F.linear(x.unflatten(-1, (first.shape[1], -1)), second.flatten(1).to(x.dtype))
-        return self.scale * (first.to(x.dtype) @ inner).flatten(-2)
+        return self.scale * _rows((first.to(x.dtype) @ inner).flatten(-2), self._window, -1)
+
+    @property
+    def _window(self) -> Tensor | None:
+        return dict(self.held.items()).get("window")
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class LoKr(Ranked):
 
     name: ClassVar[str] = "lokr"
     tensors: ClassVar[Mapping[str, bool]] = dict.fromkeys(
-        ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude"), False
+        ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "window"), False
     )
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
@@ -105,7 +115,11 @@ class LoKr(Ranked):
                 return f"neither {key} nor {key}_a and {key}_b; expected one of them"
         try:
             first, second = factors({key: torch.empty(t.shape, device="meta") for key, t in there.items()})
-            rows, numbers = first.shape[0] * second.shape[0], first.numel() * second.numel()
+            rows, width = first.shape[0] * second.shape[0], first[0].numel() * second[0].numel()
+            if "window" in there:
+                start, stop = there["window"].tolist()
+                rows = stop - start if 0 <= start < stop <= rows else 0
+            numbers = rows * width
         except (RuntimeError, ValueError, IndexError):
             rows, numbers = 0, 0
         if rows == shape[0] and numbers == math.prod(shape):
@@ -128,7 +142,7 @@ class LoKr(Ranked):
     def delta(cls, adapter: LayerAdapter, layer: nn.Module) -> Tensor:
         """s · w1 ⊗ w2, float32; with a magnitude the decomposed change."""
         first, second = factors({key: tensor.float() for key, tensor in adapter.tensors.items()})
-        delta = cls.scale(adapter) * kronecker(first, second, layer)
+        delta = cls.scale(adapter) * kronecker(first, second, layer, adapter.tensors.get("window"))
         return decomposed(dequantize(layer), delta, adapter.tensors.get("magnitude"))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ class NormBranch(Branch):
             return F.layer_norm(x, layer.normalized_shape, scale, shift, layer.eps)
         if isinstance(layer, nn.GroupNorm):
             return F.group_norm(x, layer.num_groups, scale, shift, layer.eps)
-        assert isinstance(layer, nn.RMSNorm)
-        normed = F.rms_norm(x, layer.normalized_shape, scale, layer.eps)
+        eps: Any = layer.eps
+        normed = F.rms_norm(x, tuple(scale.shape), scale, eps)
         return normed if shift is None else normed + shift
 
 
@@ -45,7 +45,7 @@ class Norm:
 
     @staticmethod
     def supports(layer: nn.Module) -> bool:
-        """torch's LayerNorm, GroupNorm and RMSNorm that have a scale."""
+        """torch's LayerNorm, GroupNorm and RMSNorm, and Diffusers' own RMSNorm, that have a scale."""
         return is_norm(layer)
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:

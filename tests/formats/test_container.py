@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -164,3 +166,36 @@ def test_zero_size_tensors_by_the_hundred_thousand_are_refused_at_once(tmp_path:
     with pytest.raises(AdapterFileError, match="200,000 tensors"):
         container.read(tmp_path / "a")
     assert time.process_time() - started < 0.5
+
+
+ZERO = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+#: what a file begins with, and its length
+HOSTILE: dict[str, tuple[bytes, int]] = {
+    "zero-size tensors by the hundred thousand": (raw({f"t{i}": ZERO for i in range(200_000)}), 0),
+    "lists without end": (raw(b'{"a":' + b"[" * 20_000_000), 0),
+    "a header of a gigabyte": (raw(b"{", length=1 << 30), 2 << 30),
+    "a tensor of a gigabyte that is not there": (raw({"a": f32(0, 1 << 30)}), 0),
+    "names that are long": (raw({"x" * 999 + str(i): ZERO for i in range(20_000)} | {"y" * 2000: ZERO}), 0),
+}
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from lora_diffusion.errors import AdapterFileError
+from lora_diffusion.formats.container import read_header
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_header(Path(sys.argv[1]))
+except AdapterFileError:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_refused_in_bounded_memory(name: str, tmp_path: Path):
+    content, length = HOSTILE[name]
+    path = tmp_path / "a.safetensors"
+    with path.open("wb") as file:
+        file.write(content)
+        file.truncate(max(length, len(content)))  # the rest is no block on the disk
+    answer = subprocess.run([sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True)
+    assert int(answer.stdout) * 1024 < 8 * len(content) + (16 << 20)

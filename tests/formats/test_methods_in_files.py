@@ -24,7 +24,8 @@ LOHA = filled(hada_w1_a=(6, 2), hada_w1_b=(2, 8), hada_w2_a=(6, 2), hada_w2_b=(2
 ALPHA = {"alpha": torch.tensor(3.0)}
 FILES: dict[str, tuple[str, dict[str, Tensor], float | None]] = {
     "lora": ("lora", PLAIN | ALPHA, 3),
-    "lora with a bias": ("lora", PLAIN | filled(diff_b=(6,)), 2),
+    "lora with a bias": ("biased", PLAIN | filled(diff_b=(6,)), 2),
+    "lora with PEFT's bias": ("biased", PLAIN | filled(lora_B__bias=(6,)) | ALPHA, 3),
     "locon": (
         "locon",
         filled(lora_down__weight=(2, 8, 1, 1), lora_mid__weight=(2, 2, 3, 3), lora_up__weight=(6, 2)),

@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.normalization import RMSNorm
 from lycoris.modules import get_module, make_module
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lora_diffusion import Adapter, AdapterFileError, AdapterStack, LayerAdapter, load_adapter, save_adapter
 from lora_diffusion.attachment import attach
+from lora_diffusion.fitting import fit
+from lora_diffusion.formats import container
 from lora_diffusion.formats.kohya import KOHYA
 from lora_diffusion.formats.peft_folder import save_peft_folder
+from lora_diffusion.lora import Slot, place, take_off
 from lora_diffusion.methods import METHODS, Method, new_method, written
 from lora_diffusion.methods.vera import VeRA
 from tests import tiny
@@ -152,8 +156,8 @@ def filled(method: type[Method], layer: nn.Module) -> LayerAdapter:
 
 
 #: LyCORIS 4.1 cannot open its own (IA)³ files: `make_module_from_state_dict` takes one tensor of the two it is given;
-#: it has no VeRA and no bottleneck
-READ_BY_LYCORIS = [m for m in METHODS if m not in ("ia3", "vera", "bottleneck")]
+#: it has no VeRA, no bottleneck and no bias beside a pair
+READ_BY_LYCORIS = [m for m in METHODS if m not in ("ia3", "vera", "bottleneck", "biased")]
 
 
 @pytest.mark.parametrize(
@@ -174,3 +178,48 @@ def test_lycoris_merges_what_we_add(method: str, kind: str):
     expected = layer.weight + METHODS[method].delta(adapter, layer)
     torch.testing.assert_close(merged.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, layer.weight)
+
+
+PEFT_BIASED = ("lora_A.default.weight", "lora_B.default.weight", "lora_B.default.bias")
+
+
+def test_peft_adds_the_bias_that_we_add(tmp_path: Path):
+    layer = nn.Linear(8, 6).requires_grad_(requires_grad=False)
+    model = get_peft_model(
+        nn.Sequential(layer),
+        LoraConfig(r=2, lora_alpha=6, lora_bias=True, target_modules=["0"], init_lora_weights=False),
+    )
+    theirs = model.base_model.model[0]
+    theirs.lora_B["default"].bias.data.normal_()
+    tensors = {f"base_model.model.0.{name}": theirs.get_parameter(name).data for name in PEFT_BIASED}
+    container.write(tmp_path / "a.safetensors", {k.replace(".default", ""): t for k, t in tensors.items()}, {})
+    (adapter,) = load_adapter(tmp_path / "a.safetensors").layers["transformer"].values()
+    assert (adapter.method, METHODS["biased"].check(adapter, layer)) == ("biased", None)
+    x = torch.randn(5, 8)
+    expected = theirs(x)
+    place(layer, Slot(layer, [METHODS["biased"].part("a", replace(adapter, alpha=6.0), layer)]))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "torch", "layer"])
+def test_plain_differences_of_a_norm_change_it(kind: str):
+    norm = {"diffusers": lambda: RMSNorm(8, 1e-5), "torch": lambda: nn.RMSNorm(8), "layer": lambda: nn.LayerNorm(8)}[
+        kind
+    ]()
+    norm.requires_grad_(requires_grad=False)
+    model = nn.ModuleDict({"norm": norm})
+    tensors = {"lora_unet_norm.diff": torch.randn(8)} | (
+        {"lora_unet_norm.diff_b": torch.randn(8)} if kind == "layer" else {}
+    )
+    adapter = Adapter("a", KOHYA.load(tensors, {}).layers)
+    found = fit(adapter, {"transformer": model})
+    assert not found.unplaced
+    (share,) = found.layers.values()
+    x = torch.randn(3, 8)
+    place(norm, Slot(norm, [METHODS["norm"].part("a", share, norm)]))
+    ours = norm(x)
+    take_off(norm)
+    norm.weight.data += tensors["lora_unet_norm.diff"]
+    if kind == "layer":
+        norm.bias.data += tensors["lora_unet_norm.diff_b"]
+    torch.testing.assert_close(ours, norm(x), rtol=1e-5, atol=1e-5)

@@ -104,5 +104,5 @@ def test_every_tensor_of_the_other_lists_is_read(name: str):
 
 def test_a_control_lora_is_read_with_its_biases_and_norms():
     layers = parsed("flux_control_lora").layers["transformer"]
-    assert {layer.method for layer in layers.values()} == {"lora", "set"}
+    assert {layer.method for layer in layers.values()} == {"biased", "set"}
     assert layers["img_in"].tensors.keys() == {"down", "up", "up_bias"}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import nn
 
 from lora_diffusion import Adapter, LayerAdapter
 from lora_diffusion.inspection.blocks import block_of, in_order
 from lora_diffusion.inspection.coverage import cover
 from lora_diffusion.inspection.spectra import effective_rank, singular_values, spectra
+from lora_diffusion.methods import METHODS, new_method
 from tests import tiny
 from tests.formats import random_adapters
 
@@ -68,10 +71,46 @@ def test_effective_rank_counts_equal_directions():
     assert effective_rank(torch.zeros(4)) == 0
 
 
-def test_other_methods_have_no_cheap_spectrum():
-    layer = LayerAdapter("full", {"diff": torch.ones(3, 3)})
-    assert singular_values(layer) is None
-    assert spectra(Adapter("x", {"unet": {"conv_in": layer}})) == []
+WITHOUT_BASE = ("lora", "biased", "locon", "loha", "lokr", "full")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("switch", [None, "tucker", "both"])
+def test_strength_of_other_methods_is_that_of_their_dense_delta(method: str, kind: str, switch: str | None):
+    layer = nn.Linear(24, 40) if kind == "linear" else nn.Conv2d(12, 20, 3)
+    known = {field.name for field in fields(METHODS[method])}
+    if not METHODS[method].supports(layer) or (switch and switch not in known):
+        pytest.skip("it has no such layer")
+    adapter = new_method(method, rank=3, alpha=2.0, **({switch: True} if switch else {})).fresh(layer)
+    for tensor in adapter.tensors.values():
+        if tensor.is_floating_point():
+            tensor.normal_()
+    values = singular_values(adapter)
+    if method not in WITHOUT_BASE:
+        assert values is None
+        assert spectra(Adapter("x", {"unet": {"conv_in": adapter}})) == []
+        return
+    dense = torch.linalg.svdvals(METHODS[method].delta(adapter, layer).flatten(1))
+    torch.testing.assert_close(values[: len(dense)], dense[: len(values)], rtol=1e-3, atol=1e-3)
+    (row,) = spectra(Adapter("x", {"unet": {"conv_in": adapter}}))
+    assert row.norm == pytest.approx(dense.norm().item(), rel=1e-4)
+    assert row.effective_rank == pytest.approx(effective_rank(dense), rel=1e-3)
+
+
+def test_a_magnitude_needs_the_base():
+    layer = nn.Linear(6, 4)
+    adapter = new_method("loha", rank=2).fresh(layer)
+    bare = singular_values(adapter)
+    assert bare is not None
+    assert singular_values(replace(adapter, tensors={**adapter.tensors, "magnitude": torch.ones(4)})) is None
+
+
+def test_ranks_are_counted_for_every_method_that_has_one():
+    layer = nn.Linear(64, 64)
+    layers = {name: new_method(name, rank=2).fresh(layer) for name in ("lora", "loha", "lokr", "glora", "ia3")}
+    rows = cover(Adapter("x", {"unet": layers})).rows
+    assert [row.ranks for row in rows] == [{"2": 4}]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def random(method: type[Method], layer: nn.Module) -> LayerAdapter:
     return adapter
 
 
+def weight_only(adapter: LayerAdapter) -> LayerAdapter:
+    """Without what it adds to the bias."""
+    tensors = {key: tensor for key, tensor in adapter.tensors.items() if key not in ("b_norm", "diff_b")}
+    return replace(adapter, tensors=tensors)
+
+
 def with_slot(layer: nn.Module, method: type[Method], adapter: LayerAdapter, weight: float = 1.0) -> Slot:
     slot = Slot(layer, [method.part("a", adapter, layer)])
     slot.weigh({"a": weight})
@@ -117,9 +123,7 @@ def test_forward_is_the_base_and_weight_times_the_dense_delta(method: type[Metho
         pytest.skip("it is no change of a weight")
     for kind in kinds_of(method):
         layer = LAYERS[kind]().requires_grad_(False)
-        adapter = random(method, layer)
-        tensors = {key: tensor for key, tensor in adapter.tensors.items() if key != "b_norm"}  # moves no weight
-        adapter = replace(adapter, tensors=tensors)
+        adapter = weight_only(random(method, layer))
         x = torch.randn(INPUTS[kind])
         slot = with_slot(layer, method, adapter, weight)
         slotted, trained = called(layer, x), layer(x)
@@ -193,7 +197,7 @@ def test_forward_over_nf4_is_that_of_the_dequantised_weight(method: type[Method]
     model = nn.Sequential(nn.Linear(64, 64))
     quantize(model, "nf4", compute_dtype=torch.float32)
     layer, x = model[0], torch.randn(3, 64)
-    adapter = random(method, layer)
+    adapter = weight_only(random(method, layer))
     base = called(layer, x)
     with_slot(layer, method, adapter)
     change = called(layer, x) - base
