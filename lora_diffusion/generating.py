@@ -73,9 +73,10 @@ def reconstructed(pipe: Any, pictures: Sequence[Image.Image], size: tuple[int, i
 
     Unchanged where the VAE is none of the common kind (`AutoencoderKL`).
     """
-    vae = pipe.vae
+    vae: Any = pipe.vae
     if not isinstance(vae, AutoencoderKL):
         return list(pictures)
+    vae = cast("Any", vae)
     drawn: list[Image.Image] = []
     for start in range(0, len(pictures), 16):
         given = pipe.image_processor.preprocess(list(pictures[start : start + 16]), *reversed(size))

@@ -44,7 +44,7 @@ def test_the_command_line_lists_its_method(environment: dict[str, str]) -> None:
 def test_its_own_tests_and_the_contracts_of_methods_and_formats_hold(environment: dict[str, str]) -> None:
     files = [str(PLUGIN / "tests"), "tests/methods/test_contract.py", "tests/formats/test_contract.py"]
     chosen = ["-k", "extras or fourierft or dotted"]
-    output = said(environment, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files, *chosen)
+    output = said(environment, "-m", "pytest", "-n0", "-x", "-p", "no:cacheprovider", *files, *chosen)
     passed = re.search(r"(\d+) passed", output)
     assert passed is not None, output
     assert int(passed[1]) >= 16
