@@ -36,7 +36,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
     if not has[name.split(":")[0]]:
-        raise ConfigError(f"device {name!r} was asked for, but torch {torch.__version__} finds none; use device='cpu'")
+        here = f"torch {torch.__version__} finds none"
+        raise ConfigError(f"device {name!r} was asked for, but {here}; use cpu (device=, --device, backbone.device)")
     return torch.device(name)
 
 
@@ -140,6 +141,7 @@ def _open(base: str | Path, dtype: torch.dtype, **components: torch.nn.Module) -
             return DiffusionPipeline.from_pretrained(source, dtype=dtype, **components)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = reason.split(" Please check")[0]  # a stack trace that nobody sees
             where = "" if looks_local else "is no folder here and "
             raise ConfigError(f"base {str(base)!r} {where}cannot be opened: {reason}") from None
 

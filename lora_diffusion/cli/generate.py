@@ -21,6 +21,7 @@ from lora_diffusion.cli.options import (
     Quantize,
     Size,
     Steps,
+    adapter_names,
     parse_adapter,
     parse_size,
     refuse_existing,
@@ -121,7 +122,8 @@ def _drawn(
     opened = load_for_drawing(base, quantize, device)
     count = len(order.prompts)
     with AdapterStack(opened.pipe) as stack, bar() as progress:
-        fixed = {stack.add(path): weight for path, weight in weighted}
+        names = adapter_names([path for path, _ in weighted])
+        fixed = {stack.add(path, name=n): weight for n, (path, weight) in zip(names, weighted, strict=True)}
         for name, path in found.items():
             stack.add(path, 0.0, name=name)
         stack.compose(**asdict(composition))

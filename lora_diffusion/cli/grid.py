@@ -20,6 +20,7 @@ from lora_diffusion.cli.options import (
     Quantize,
     Size,
     Steps,
+    adapter_names,
     parse_adapter,
     parse_size,
     refuse_existing,
@@ -56,6 +57,7 @@ def grid(
     Example: `lora-diffusion grid "red apple" -a ink.safetensors -a kiki.safetensors --columns adapter --rows seed`
     """
     weighted = [parse_adapter(text) for text in adapter or []]
+    names = adapter_names([path for path, _ in weighted])
     pixels = parse_size(size)
     refuse_existing(out, overwrite, ".png")
 
@@ -76,7 +78,8 @@ def grid(
     opened = load_for_drawing(base, quantize, device)
     how = Drawing(steps, guidance, pixels, negative)
     with AdapterStack(opened.pipe) as stack, bar() as progress:
-        choices = Choices(prompts, numbers, {stack.add(path): weight for path, weight in weighted}, factors)
+        chosen = {stack.add(path, name=n): weight for n, (path, weight) in zip(names, weighted, strict=True)}
+        choices = Choices(prompts, numbers, chosen, factors)
         stack.compose(compose, every=every, balance=balance)
         order = grid_order(choices, columns, rows)
         task = progress.add_task("drawing", total=len(order.prompts), note="")

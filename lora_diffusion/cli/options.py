@@ -68,6 +68,15 @@ def parse_adapter(text: str) -> tuple[Path, Any]:
     raise ConfigError(f"adapter file {parts[0]!r} is not there")
 
 
+def adapter_names(paths: list[Path]) -> list[str]:
+    """What each is called: its file's name, with its folder's before it where two files have one name."""
+    stems = [path.stem for path in paths]
+    names = [p.stem if stems.count(p.stem) == 1 else f"{p.resolve().parent.name}/{p.stem}" for p in paths]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"adapter {next(n for n in names if names.count(n) > 1)!r} is named twice")
+    return names
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """`768x512` -> (768, 512)."""
     if text is None:

@@ -101,10 +101,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         raise AdapterFileError(f"{path.name}: there is nothing to write; an adapter without tensors does nothing")
     if path.exists() and not overwrite:
         raise AdapterFileError(f"{path} exists already; choose another name or ask to overwrite it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             _serialise(file, tensors, metadata)
             file.flush()
@@ -114,7 +115,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

@@ -15,7 +15,7 @@ from lora_diffusion.dropping import Dropping
 from lora_diffusion.errors import AdapterFileError, ConfigError, some
 from lora_diffusion.families import Family
 from lora_diffusion.formats import FORMATS
-from lora_diffusion.methods import new_method
+from lora_diffusion.methods import Method, new_method
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.quantize import WeightFiles
 from lora_diffusion.targets import find_targets
@@ -29,17 +29,24 @@ from lora_diffusion.training.words import Words, check_captions, encoders_for_wo
 _BY_OTHERS = ("loftq", "eva")  # starts that need more than the layer
 
 
+def check_adapter(settings: AdapterConfig, denoiser: nn.Module) -> None:
+    """What `attach_for` would refuse of method, targets and ranks, before pictures are encoded. Changes nothing."""
+    by_layer(_method(settings), find_targets(denoiser, settings.targets), settings.ranks, settings.alphas)
+
+
+def _method(settings: AdapterConfig) -> Method:
+    check_start(settings)
+    named: dict[str, Any] = {"rank": settings.rank, "alpha": settings.alpha, "rslora": settings.rslora}
+    init = None if settings.init in _BY_OTHERS else settings.init
+    return new_method(settings.method, settings.settings, **named, init=init, freeze_down=settings.freeze_down)
+
+
 def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Callable[[], object]) -> Attachment:
     """Slots in training mode. `run` shows the denoiser a few batches, for starts that need the data.
 
     ConfigError for settings that the method does not know.
     """
-    settings = config.adapter
-    check_start(settings)
-    named: dict[str, Any] = {"rank": settings.rank, "alpha": settings.alpha, "rslora": settings.rslora}
-    init = None if settings.init in _BY_OTHERS else settings.init
-    named |= {"init": init, "freeze_down": settings.freeze_down}
-    method = new_method(settings.method, settings.settings, **named)
+    settings, method = config.adapter, _method(config.adapter)
     attachment = attach(
         denoiser,
         method,

@@ -157,5 +157,5 @@ def _known_settings() -> list[str]:
     for name, field in TrainConfig.model_fields.items():
         section = field.annotation
         inner = section.model_fields if isinstance(section, type) and issubclass(section, Section) else None
-        known += [f"{name}.{key}" for key in inner] if inner else [name]
+        known += [name, *(f"{name}.{key}" for key in inner or ())]
     return known

@@ -18,7 +18,7 @@ from lora_diffusion.errors import ConfigError, LoraDiffusionError, some
 from lora_diffusion.families import Family, family_of
 from lora_diffusion.pipelines import Opened, load_pipeline
 from lora_diffusion.quantize import fingerprint
-from lora_diffusion.training.adapting import attach_for, encoders_for, format_for, words_for
+from lora_diffusion.training.adapting import attach_for, check_adapter, encoders_for, format_for, words_for
 from lora_diffusion.training.averaging import Average
 from lora_diffusion.training.checkpoints import (
     Checkpoint,
@@ -60,6 +60,7 @@ def train(config: TrainConfig, listen: Listener = lambda progress: None) -> Trai
         text_encoders=config.backbone.text_encoders,
     )
     family = family_of(opened.pipe)
+    check_adapter(config.adapter, getattr(opened.pipe, family.denoiser))
     prepared = prepare(config, opened, family, lambda done, total: listen(Progress("prepare", done, total)))
     run = Run(_settled(config, prepared, processes), opened, family, prepared, processes)
     return run.go(listen)

@@ -14,6 +14,8 @@ from PIL import Image
 
 from lora_diffusion import AdapterStack, LoRA, attach, save_adapter
 from lora_diffusion.cli import main
+from lora_diffusion.cli.options import adapter_names
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.generating import RECIPE
 from tests import tiny
 from tests.training.pictures import settings
@@ -139,6 +141,13 @@ def test_a_file_that_is_no_adapter_is_named(base: Path, monkeypatch: pytest.Monk
     fake.write_text("<!DOCTYPE html><html>not found</html>")
     assert run(monkeypatch, "generate", "x", "-b", base / "base", "-a", fake, "-o", tmp_path / "x.png") == 2
     assert not (tmp_path / "x.png").exists()
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "style.safetensors", tmp_path / "b" / "style.safetensors", tmp_path / "other.safetensors"]
+    assert adapter_names(paths) == ["a/style", "b/style", "other"]
+    with pytest.raises(ConfigError, match="named twice"):
+        adapter_names([paths[0], paths[0]])
 
 
 def test_a_full_gpu_is_one_sentence(

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from lora_diffusion import TrainConfig, load_adapter, train
-from lora_diffusion.errors import ConfigError
+from lora_diffusion.errors import ConfigError, TargetError
 from lora_diffusion.lora import slot_of
 from lora_diffusion.training.adapting import attach_for
 from tests.training.pictures import settings
@@ -62,3 +62,12 @@ def test_a_capped_and_half_frozen_pair_trains(tmp_path: Path) -> None:
         layer.tensors["up"].flatten(1) @ layer.tensors["down"].flatten(1) for layer in found.layers["unet"].values()
     ]
     assert 0 < max(product.norm().item() for product in products) < 1.001e-3
+
+
+def test_targets_that_match_nothing_are_found_before_pictures_are_encoded(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    given["adapter"]["targets"] = "nothing.*"
+    heard: list[str] = []
+    with pytest.raises(TargetError, match="nothing"):
+        train(TrainConfig.parse(given), lambda progress: heard.append(progress.stage))
+    assert heard == []

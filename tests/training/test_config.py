@@ -37,6 +37,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("trian.steps=3", "unknown setting 'trian' (did you mean 'train'"),
         ("train.stepps=7", "unknown setting 'train.stepps' (did you mean 'train.steps'"),
         ("train.steps=0", "train.steps = 0: input should be greater than or equal to 1"),
         ("train.steps=many", "train.steps = 'many': input should be a valid integer"),
