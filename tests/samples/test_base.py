@@ -30,6 +30,11 @@ def test_all_parts_are_at_most_16_megabytes():
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.suffix in (".safetensors", ".json")) < 16e6
 
 
+def test_no_configuration_names_a_folder_of_ours():
+    for config in BASE.rglob("*.json"):
+        assert "_name_or_path" not in config.read_text("utf-8"), config
+
+
 def test_loads_in_one_dtype_and_without_a_safety_checker(pipeline):
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {part.dtype for part in parts} == {torch.float32}

@@ -30,6 +30,7 @@ def export(work: Path, out: Path) -> int:
     with tempfile.TemporaryDirectory() as draft:
         pipeline.save_pretrained(draft)
         _load_in_float32(Path(draft) / "text_encoder" / "config.json")
+        _forget_where_from(Path(draft))
         size = sum(file.stat().st_size for file in Path(draft).rglob("*") if file.is_file())
         if size > LIMIT:
             raise SystemExit(
@@ -44,6 +45,14 @@ def _load_in_float32(config: Path) -> None:
     config.write_text(
         json.dumps(json.loads(config.read_text("utf-8")) | {"dtype": "float32"}, indent=2) + "\n", "utf-8"
     )
+
+
+def _forget_where_from(draft: Path) -> None:
+    """Configurations name the folder their part was loaded from, which is nobody else's business."""
+    for config in draft.glob("*/config.json"):
+        said = json.loads(config.read_text("utf-8"))
+        said.pop("_name_or_path", None)
+        config.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
 @torch.no_grad()
