@@ -104,7 +104,7 @@ def _combined_dense(parts: list[tuple[Change, float]], where: str, how: _How) ->
     bias = torch.stack(biases).sum(0).float() if biases else None
     if len(shape) == 1:
         return _norm([(change.weight, w) for change, w in parts if isinstance(change, Dense)], bias)
-    total = _total([(c.dense() if isinstance(c, Factors) else c.weight.flatten(1), w) for c, w in parts], how)
+    total = _total([(change.dense(), w) for change, w in parts], how)
     if how.rank is None:
         energy = float(total.square().sum())
         full = {"diff": total.float().reshape(shape)} | ({} if bias is None else {"diff_b": bias})

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter, same_layer
 from lora_diffusion.errors import AdapterMismatchError, ConfigError
 from lora_diffusion.fitting import fit
-from lora_diffusion.gates import resolve_weight
+from lora_diffusion.gates import ALIASES, resolve_weight
 from lora_diffusion.layers import submodule
 from lora_diffusion.merging.factors import Factors, factors_of
 from lora_diffusion.methods import METHODS, bias_change
@@ -33,6 +34,24 @@ class Dense:
 
     weight: Tensor
     bias: Tensor | None = None
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """(kh, kw) of a convolution, else ()."""
+        return tuple(self.weight.shape[2:])
+
+    def dense(self) -> Tensor:
+        """The weight's change, (out, in · kh · kw)."""
+        return self.weight.flatten(1)
+
+    def norm(self) -> float:
+        """Frobenius norm of the weight's change."""
+        return float(self.weight.norm())
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (out, r), s (r,) falling, V (r, in · kh · kw), r the smaller side."""
+        u, s, v = torch.linalg.svd(self.dense(), full_matrices=False)
+        return u, s, v
 
 
 Change = Factors | Dense
@@ -75,7 +94,8 @@ def shares_of(
     names: dict[tuple[str, str], str] = {}
     found: dict[tuple[str, str], list[Share]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        levels = resolve_weight(weight, {c: list(of) for c, of in adapter.layers.items()}, adapter.name)
+        there = {c: list(of) for c, of in adapter.layers.items()}
+        levels = resolve_weight(weight, {c: list[str]() for c in ALIASES.values()} | there, adapter.name)
         for component, name, layer, live in _placed(adapter, models):
             where = f"adapter {adapter.name!r}: {component} {name}"
             number, key = levels.at(component, name), (component, same_layer(name))
