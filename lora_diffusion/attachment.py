@@ -24,11 +24,12 @@ from lora_diffusion.branches import Branch
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, some
 from lora_diffusion.gates.fading import Fading
-from lora_diffusion.lora import Pair, Part, Slot, place, slot_of, take_off
+from lora_diffusion.lora import Part, Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, Course, Method, resumed, written
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.methods.starts import StartBranch, difference, first_half
 from lora_diffusion.methods.tlora import TLoRABranch
+from lora_diffusion.pairs import Pair
 from lora_diffusion.products import pair_norm
 from lora_diffusion.targets import Targets, find_targets
 
