@@ -78,15 +78,15 @@ class Dial:
         owner: list[int] = []
         rows: list[int] = []
         for layer, slot in slots.items():
-            first = len(self.entries)
-            scaled = ((name, rank, scale * factors.get((name, layer), 1.0)) for name, rank, scale in slot.entries)
-            self.entries += [Entry(name, layer, rank, scale) for name, rank, scale in scaled]
+            first, pairs = len(self.entries), len(slot.pairs)
+            for number, (name, rank, scale) in enumerate(slot.entries):
+                factor = factors.get((name, layer), 1.0) if factors else 1.0
+                fading = fadings.get(name) if fadings and number < pairs and self.clock is not None else None
+                self.entries.append(Entry(name, layer, rank, scale * factor, fading=fading))
             self._by_layer[layer] = list(range(first, len(self.entries)))
             ranks = [rank for _, rank, _ in slot.entries]
             owner += [*self._by_layer[layer], -1]  # rows in reserve belong to the last number, which is 0
             rows += [*ranks, slot.rows - sum(ranks)]
-            for entry in self.entries[first : first + len(slot.pairs)]:
-                entry.fading = fadings.get(entry.name) if self.clock is not None else None
         self._numbers = [0.0] * (len(self.entries) + 1)
         self._fading = [i for i, entry in enumerate(self.entries) if entry.fading is not None]
         self._active = [math.inf] * len(self._numbers)
@@ -110,8 +110,10 @@ class Dial:
             if composed or entry.name in weights:
                 self._numbers[number] = self._number(entry, 0.0)
         self._scheduled = [i for i, entry in enumerate(self.entries) if callable(entry.level)]
+        several = self.composition.times(self._taking_part) > 1
+        live = {entry.layer for entry in self.entries if several or is_live(entry.level)}
         for layer, slot in self.slots.items():
-            slot.live = self._builder(layer) if self._is_live(layer) else None
+            slot.live = self._builder(layer) if layer in live else None
         self.write()
         changing = len(self._taking_part) > 1 or any(not isinstance(e.level, float) or e.fading for e in self.entries)
         repeating = self.composition.times(self._taking_part) > 1
@@ -119,10 +121,6 @@ class Dial:
 
     def _number(self, entry: Entry, progress: float) -> float:
         return number_at(entry.level, progress) if self._turn in (None, entry.name) else 0.0
-
-    def _is_live(self, layer: str) -> bool:
-        several = self.composition.times(self._taking_part) > 1 and bool(self._by_layer[layer])
-        return several or any(is_live(self.entries[i].level) for i in self._by_layer[layer])
 
     def _share(self) -> None:
         device = next((slot.down.device for slot in self.slots.values() if not slot.down.is_meta), None)
@@ -142,8 +140,7 @@ class Dial:
             gains = gains * (self._place < torch.tensor(self._active)[self._owner])
         self._gains.copy_(gains)
         for layer, slot in self.slots.items():
-            numbers = tuple(self._numbers[i] for i in self._by_layer[layer])
-            slot.weights = numbers
+            slot.weights = numbers = tuple([self._numbers[i] for i in self._by_layer[layer]])
             slot.idle = not any(numbers)
 
     def _listen(self, *, before: bool, after: bool) -> None:

@@ -24,7 +24,8 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,9 @@ from lora_diffusion.products import LowRank, add_convolution, add_linear, over_p
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
-_PLAIN = frozenset({"convolution", "entries", "idle", "kept", "packed", "pairs", "reserve", "rows", "weights"})
+_PLAIN = frozenset(
+    {"convolution", "entries", "hooks", "idle", "kept", "live", "packed", "pairs", "reserve", "rows", "weights"}
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Slot(nn.Module):
         self.convolution = convolution_arguments(layer)
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
         self.reserve = reserve  # rows held at least, so that swapping within them changes no shape
-        self.branches = ()
+        vars(self)["branches"] = ()
         self.register_buffer("gate", None, persistent=False)
         self.pack(layer, parts, trainable=trainable)
         if gated:
@@ -113,7 +116,7 @@ class Slot(nn.Module):
         blocks = [(pair.token, pair.rank) for pair in pairs]
         rows = max(sum(rank for _, rank in blocks), self.reserve)
         kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # of a norm's slot: no rows
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with unrecorded():
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 new = functools.partial(_rows, pairs, name, shape)
                 packed = repacked(self._held(name), shape, (dtype, device), self.packed, blocks, new)
@@ -237,6 +240,16 @@ class Slot(nn.Module):
         how = self.convolution
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
         return tokens * (width + out) > width * out
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Ordinary tensors, made without gradients; costs little where that is so already, as it is around many slots."""
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        yield
+    else:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            yield
 
 
 def _rows(pairs: Sequence[Pair], name: str, shape: tuple[int, ...], index: int) -> Tensor:

@@ -24,12 +24,12 @@ from lora_diffusion.dial import Dial
 from lora_diffusion.errors import ConfigError, TargetError, did_you_mean
 from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
-from lora_diffusion.gates import Weight, resolve_weight
+from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import submodule
-from lora_diffusion.lora import Slot, place, slot_of, take_off
+from lora_diffusion.lora import Slot, unrecorded
 from lora_diffusion.resident import Residents
-from lora_diffusion.stacked import Stacked, balance
+from lora_diffusion.stacked import Stacked, balance, settled
 from lora_diffusion.targets import Targets, find_targets
 from lora_diffusion.tokens import Vocabulary
 
@@ -83,7 +83,7 @@ class AdapterStack:
         name = adapter.name if name is None else name
         if name in self._stacked:
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
-        resolved = resolve_weight(weight, self._layers, name)
+        resolved = self._resolve(weight, name)
         met = self.residents.meet(adapter)
         found = met.plan
         found.check(adapter, self.components) if strict else found.check_any(adapter)
@@ -117,7 +117,7 @@ class AdapterStack:
     def weigh_all(self, weights: Mapping[str, Weight]) -> None:
         """Turn several adapters at once (name -> weight), or none of them."""
         self._refuse_if_fused()
-        resolved = {name: resolve_weight(w, self._layers, self._known(name)) for name, w in weights.items()}
+        resolved = {name: self._resolve(w, self._known(name)) for name, w in weights.items()}
         for name, weight in weights.items():
             self._stacked[name].weight, self._stacked[name].resolved = weight, resolved[name]
         for dial in self._dials.values():
@@ -131,7 +131,8 @@ class AdapterStack:
         """
         self._refuse_if_fused()
         self.composition = Composition(mode, every, balance)
-        self._rebind(set(self.components))
+        for component, dial in self._dials.items():
+            self._bind(component, dial.slots)
 
     def fuse(self) -> None:
         """Write the weighted sum into the weights: no cost a call. The originals are kept for `unfuse`.
@@ -237,38 +238,35 @@ class AdapterStack:
             for component, model in self.components.items()
         }
 
+    def _resolve(self, weight: Weight, name: str) -> Resolved:
+        by_name = isinstance(weight, Mapping | list | tuple)  # only then do the layers' names matter
+        return resolve_weight(weight, self._layers if by_name else {}, name)
+
     def _repack(self, sites: Mapping[Site, Any]) -> None:
         ordered = list(self._stacked.values())
         if len(ordered) > 1:
             ordered.sort(key=lambda stacked: (stacked.met.key, stacked.name))
-        for component, layer_name in sites:
-            layer, site = submodule(self.components[component], layer_name), (component, layer_name)
-            parts = [stacked.part(site, layer) for stacked in ordered if site in stacked.layers]
-            slot, reserve = slot_of(layer), self._reserved.get(site, 0)
-            if slot is not None and hasattr(slot, "_hf_hook"):  # accelerate would bring the rows it knows back
-                take_off(layer)
-                slot = None
-            elif slot is not None:
-                slot.reserve = reserve
-            if not parts and not reserve:
+        held = [(stacked, stacked.layers) for stacked in ordered]
+        slots = {component: dict(self._dials[component].slots) for component, _ in sites}
+        with unrecorded():
+            for site in sites:
+                component, name = site
+                layer, reserve = submodule(self.components[component], name), self._reserved.get(site, 0)
+                parts = [stacked.part(site, layer) for stacked, layers in held if site in layers]
+                slot = settled(layer, parts, reserve)
                 if slot is not None:
-                    take_off(layer)
-            elif slot is None:
-                place(layer, Slot(layer, parts, reserve=reserve, gated=False))
-            else:
-                slot.pack(layer, parts)
-        self._rebind({component for component, _ in sites})
+                    slots[component][name] = slot
+                else:
+                    slots[component].pop(name, None)
+        for component, of in slots.items():
+            self._bind(component, of)
 
-    def _rebind(self, components: set[str]) -> None:
+    def _bind(self, component: str, slots: Mapping[str, Slot]) -> None:
         weights = {name: stacked.resolved for name, stacked in self._stacked.items()}
-        sites = {site for stacked in self._stacked.values() for site in stacked.layers} | self._reserved.keys()
-        for component in components:
-            model = self.components[component]
-            layers = {name: submodule(model, name) for c, name in sorted(sites) if c == component}
-            slots = {name: slot for name, layer in layers.items() if (slot := slot_of(layer)) is not None}
-            even = balance(list(self._stacked.values()), layers, component) if self.composition.balance else {}
-            fadings = {name: stacked.fading for name, stacked in self._stacked.items() if stacked.fading}
-            self._dials[component].bind(slots, weights, self.composition, even, fadings)
+        layers = {name: submodule(self.components[component], name) for name in slots if self.composition.balance}
+        even = balance(list(self._stacked.values()), layers, component)
+        fadings = {name: stacked.fading for name, stacked in self._stacked.items() if stacked.fading}
+        self._dials[component].bind(slots, weights, self.composition, even, fadings)
 
     def _retoken(self, adapter: Adapter) -> None:
         if adapter.embeddings:
