@@ -200,7 +200,7 @@ def _surely_finite(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:
         if not tensor.is_contiguous() or tensor.is_meta:
             return False
-        begin, length = tensor.storage_offset(), tensor.numel()
+        begin, length = int(tensor.storage_offset()), tensor.numel()
         key = (tensor.untyped_storage().data_ptr(), tensor.dtype)
         one, low, high, numbers = spans.get(key, (tensor, begin, begin, 0))
         spans[key] = one, min(low, begin), max(high, begin + length), numbers + length

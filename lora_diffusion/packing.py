@@ -6,7 +6,8 @@ again. Adding the n-th so costs its own rows and, at worst, one copy of those al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,16 @@ def repacked(
     if (filled := sum(rows for _, rows in blocks)) < shape[0]:
         packed[filled:] = 0
     return packed
+
+
+@contextmanager
+def unrecorded() -> Generator[None]:
+    """Ordinary tensors, made without gradients; costs little where that is so already, as it is around many slots."""
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        yield
+    else:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            yield
 
 
 def _write(rows: Tensor, source: Tensor) -> Tensor:

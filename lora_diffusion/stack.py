@@ -27,7 +27,8 @@ from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import submodule
-from lora_diffusion.lora import Slot, unrecorded
+from lora_diffusion.lora import Slot
+from lora_diffusion.packing import unrecorded
 from lora_diffusion.resident import Residents
 from lora_diffusion.stacked import Stacked, balance, settled
 from lora_diffusion.targets import Targets, find_targets
@@ -162,7 +163,7 @@ class AdapterStack:
             self._fusion.undo()
             self._fusion = None
             for dial in self._dials.values():
-                dial.write()
+                dial.wake()
 
     def bake(self) -> None:
         """Write the weighted sum into the weights for good and take the adapters off; their tokens stay."""
