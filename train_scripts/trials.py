@@ -17,7 +17,7 @@ from lora_diffusion.targets import Targets, find_targets
 
 TARGETS = ("attention-qv", "attention", "attention+ff", "attention+ff+conv")
 #: layers of methods that are not defined on every layer
-PLACES: dict[str, Targets] = {"vera": "attention+ff", "locon": "conv", "norm": "norm"}
+PLACES: dict[str, Targets] = {"vera": "attention+ff", "locon": "conv", "norm": "norm", "prefix": "attention-blocks"}
 #: settings without which a method cannot come near the number of parameters
 OWN: dict[str, dict[str, object]] = {"lokr": {"factor": 2}}
 #: what trains a LoRA otherwise, compared beside the methods

@@ -35,6 +35,7 @@ _WHOLE: dict[str, tuple[frozenset[str], ...]] = {
     "oft": (frozenset({"blocks"}), frozenset({"diag"}), frozenset({"R"})),
     "vera": (frozenset({"d", "b", "projection"}),),
     "bottleneck": (frozenset({"down", "down_bias", "up", "up_bias"}),),
+    "prefix": (frozenset({"k", "v"}),),
     "glora": (frozenset({"a1", "a2", "b1", "b2"}),),
     "full": (frozenset({"diff"}), frozenset({"diff_b"})),
     "norm": (frozenset({"w_norm"}), frozenset({"b_norm"})),

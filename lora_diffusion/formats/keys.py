@@ -44,6 +44,8 @@ PARTS: dict[str, tuple[str, str]] = {
     "vera_lambda_b": ("vera", "b"),
     "vera_projection": ("vera", "projection"),
     "bm.weight": ("glora", "bm"),
+    "prefix_k": ("prefix", "k"),
+    "prefix_v": ("prefix", "v"),
     **{
         f"adapter_{side}.{key}": ("bottleneck", f"{side}{end}") for side in ("down", "up") for key, end in _ENDS.items()
     },

@@ -58,6 +58,7 @@ _SUFFIXES: dict[str, dict[str, str]] = {
         "up": "adapter_up.weight",
         "up_bias": "adapter_up.bias",
     },
+    "prefix": {"k": "prefix_k", "v": "prefix_v"},
     "full": {"diff": "diff", "diff_b": "diff_b"},
     "norm": {"w_norm": "w_norm", "b_norm": "b_norm"},
     "set": {"value": "set_weight", "shape": "reshape_weight"},

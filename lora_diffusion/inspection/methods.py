@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.layers import is_norm, kernel_shape, weight_shape
+from lora_diffusion.layers import is_attention, is_norm, kernel_shape, weight_shape
 from lora_diffusion.methods import METHODS, Method, new_method
 from lora_diffusion.targets import Targets, find_targets
 
@@ -57,7 +57,11 @@ def count_parameters(
     sizes: dict[object, int] = {}  # by the weight's shape and whether there is a bias: a model has few
     total = 0
     for layer in fitting:
-        kind = layer if is_norm(layer) else (*weight_shape(layer), getattr(layer, "bias", None) is None)
+        kind = (
+            layer
+            if is_norm(layer) or is_attention(layer)
+            else (*weight_shape(layer), getattr(layer, "bias", None) is None)
+        )
         if kind not in sizes:
             fresh = method.fresh(_like(layer))
             frozen = getattr(method, "frozen", ())
@@ -88,8 +92,8 @@ def nearest_rank(
 
 
 def _like(layer: nn.Module) -> nn.Module:
-    """A real layer of the same sides: fresh tensors may need its weight, and those of a norm its shape alone."""
-    if is_norm(layer):
+    """A real layer of the same sides: fresh tensors may need its weight, and else its shape alone."""
+    if is_norm(layer) or is_attention(layer):
         return layer
     out, width, *kernel = weight_shape(layer)
     bias = getattr(layer, "bias", None) is not None

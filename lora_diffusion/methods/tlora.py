@@ -88,8 +88,8 @@ class TLoRA(Ranked):
 
     @property
     def fading(self) -> Fading:
-        """Of the ranks, a row each."""
-        return Fading(self.rank // 2 if self.min_rank is None else self.min_rank, self.power)
+        """Of the ranks, each two rows in the file: the trained one and the first."""
+        return Fading(self.rank // 2 if self.min_rank is None else self.min_rank, self.power, rows=2)
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """Singular parts as the settings say; a random matrix is normal with deviation 1 / rank."""

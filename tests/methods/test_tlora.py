@@ -13,9 +13,20 @@ from diffusers import DiffusionPipeline
 from lycoris.modules.tlora import TLoraModule, clear_timestep_mask, compute_timestep_mask, set_timestep_mask
 from torch import Tensor, nn
 
-from lora_diffusion import Adapter, AdapterFileError, AdapterStack, ConfigError, LoRA, TrainConfig, load_adapter, train
+from lora_diffusion import (
+    Adapter,
+    AdapterFileError,
+    AdapterStack,
+    ConfigError,
+    LayerAdapter,
+    LoRA,
+    TrainConfig,
+    load_adapter,
+    train,
+)
 from lora_diffusion.attachment import attach
 from lora_diffusion.gates.fading import KEY, Fading, fading_of
+from lora_diffusion.methods.ia3 import IA3, IA3Branch
 from lora_diffusion.methods.tlora import TLoRA, TLoRABranch
 from lora_diffusion.targets import find_targets
 from tests import tiny
@@ -185,3 +196,33 @@ def test_it_trains_from_a_configuration_and_is_drawn_as_it_was_trained(tmp_path:
     assert np.abs(ours - whole).max() > 1e-4
     pipe.load_lora_weights(result.adapter)  # elsewhere all ranks act
     np.testing.assert_allclose(whole, tiny.picture(pipe), atol=1e-4)
+
+
+class Dimmed(IA3Branch):
+    """A branch from outside that asks for the noise."""
+
+    noise: torch.Tensor | None = None
+
+    def fade(self, fading: Fading, noise: torch.Tensor) -> None:
+        self.noise = noise * fading.power
+
+
+class Dimming(IA3):
+    """A method from outside that fades."""
+
+    fading = Fading(1, 2.0)
+
+    @classmethod
+    def part(cls, name: str, adapter: LayerAdapter, layer: nn.Module) -> Dimmed:
+        return Dimmed(name, adapter.tensors)
+
+
+def test_a_method_from_outside_can_fade_and_others_are_not_asked() -> None:
+    model = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
+    for method, heard in ((Dimming(), [0.5, 1.5]), (IA3(), None)):
+        with attach(model, method, "to_q") as attachment:
+            attachment.at(torch.tensor([0.25, 0.75]))
+            (branch,) = attachment.slots["to_q"].branches
+            noise = getattr(branch, "noise", None)
+            assert (noise if noise is None else noise.tolist()) == heard
+            assert bool(attachment.adapter("x").metadata) == bool(heard)
