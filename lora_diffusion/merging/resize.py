@@ -10,6 +10,7 @@ import torch
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.merging.factors import Factors, factors_of, from_svd
+from lora_diffusion.merging.fullrank import at_full_rank
 
 Listen = Callable[[int, int], None]  # layers done, of how many
 
@@ -78,6 +79,7 @@ def rank_for(values: torch.Tensor, energy: float) -> int:
 def _by_layer(adapter: Adapter, shrink: Callable[[Factors], tuple[Factors, float, float]], listen: Listen) -> Resized:
     """`shrink` gives a layer's smaller factors, the energy they keep and the whole energy."""
     adapter.check()
+    adapter = at_full_rank(adapter, "resize")
     layers: dict[str, dict[str, LayerAdapter]] = {}
     ranks: dict[tuple[str, str], int] = {}
     kept = whole = 0.0
