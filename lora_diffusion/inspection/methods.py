@@ -10,31 +10,47 @@ from typing import Any, cast
 
 from torch import nn
 
-from lora_diffusion.errors import ConfigError
+from lora_diffusion.errors import ConfigError, TargetError
 from lora_diffusion.layers import is_attention, is_norm, kernel_shape, weight_shape
 from lora_diffusion.methods import METHODS, Method, new_method
 from lora_diffusion.targets import Targets, find_targets
 
+ELSEWHERE = ("conv", "norm", "attention-blocks")  # where methods are counted that linear layers do not take
 LARGEST = 1024  # rank that is looked at to make parameters equal
 
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One registered method. `parameters` is None without a model and where no target takes the method."""
+    """One registered method. `parameters` is None without a model and where no layer of it takes the method.
+
+    `targets` is what they are counted on: other layers than the others' where the method is defined on none of those.
+    """
 
     name: str
     about: str
     tensors: tuple[str, ...]
     parameters: int | None = None
+    targets: Targets = ""
 
 
 def registered(model: nn.Module | None = None, targets: Targets = "attention", rank: int = 16) -> list[MethodRow]:
     """Every method, in the registry's order. `model` may be on the meta device; TargetError for unmatched targets."""
-    layers = list(find_targets(model, targets).values()) if model is not None else []
-    return [
-        MethodRow(name, _about(METHODS[name]), tuple(METHODS[name].tensors), count_parameters(name, layers, rank))
-        for name in METHODS
-    ]
+    return [_row(name, model, targets, rank) for name in METHODS]
+
+
+def _row(name: str, model: nn.Module | None, targets: Targets, rank: int) -> MethodRow:
+    about, tensors = _about(METHODS[name]), tuple(METHODS[name].tensors)
+    if model is None:
+        return MethodRow(name, about, tensors)
+    counted = count_parameters(name, list(find_targets(model, targets).values()), rank)
+    for other in ELSEWHERE if counted is None else ():
+        try:
+            counted = count_parameters(name, list(find_targets(model, other).values()), rank)
+        except TargetError:
+            continue
+        if counted is not None:
+            return MethodRow(name, about, tensors, counted, other)
+    return MethodRow(name, about, tensors, counted, targets)
 
 
 def _about(method: type[Method]) -> str:

@@ -174,7 +174,11 @@ def test_the_list_names_every_method_and_counts(tmp_path: Path) -> None:
     assert list(rows) == list(METHODS)
     with attach(tiny.unet(), LoRA(2), "attention") as attachment:
         assert rows["lora"].parameters == sum(p.numel() for p in attachment.parameters())
-    assert rows["locon"].parameters is None
+    for name, place in (("locon", "conv"), ("norm", "norm"), ("prefix", "attention-blocks")):
+        with attach(tiny.unet(), new_method(name, rank=2), place) as attachment:
+            assert rows[name].parameters == sum(p.numel() for p in attachment.parameters())
+        assert rows[name].targets == place
+    assert {row.targets for row in rows.values()} == {"attention", "conv", "norm", "attention-blocks"}
     assert rows["dora"].about.startswith("DoRA")
     tiny.sd().save_pretrained(tmp_path / "base")
     app = typer.Typer()
