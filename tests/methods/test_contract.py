@@ -171,6 +171,22 @@ def test_it_stacks_beside_a_low_rank_pair_by_addition(method: type[Method]) -> N
     torch.testing.assert_close(called(layer, x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_reach_every_tensor_on_every_kind_of_layer(method: type[Method]) -> None:
+    """Away from its start, and in any precision of the activations that the layer itself computes in."""
+    for kind in kinds_of(method):
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = LAYERS[kind]().to(dtype).requires_grad_(False)
+            slot = Slot(layer, [method.part("a", random(method, layer), layer)], trainable=True)
+            place(layer, slot)
+            x = torch.randn(INPUTS[kind], dtype=dtype, requires_grad=True)
+            layer(x).float().square().sum().backward()
+            trained = [parameter for parameter in slot.parameters() if parameter.requires_grad]
+            assert trained
+            assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+            assert x.grad is not None
+            assert not any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_trains_over_quantised_layers(method: type[Method], precision: str) -> None:
     """Gradients reach every tensor once the layer is away from its start, and the input through it."""
