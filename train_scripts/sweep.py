@@ -26,7 +26,7 @@ from lora_diffusion.inspection.dots import Dot, dots
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a trial. Losses are mean squared errors over held-out pictures."""
+    """What came of a trial. Losses are mean squared errors over held-out pictures; seconds are of the last start on."""
 
     trial: Trial
     heldout_base: float
@@ -106,14 +106,14 @@ def write(results: Sequence[Result], out: Path) -> None:
     rows = [{**asdict(result.trial), **asdict(result)} for result in results]
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     lines = [
-        "| sweep | trial | parameters | rate | held-out loss | of the base's | seconds | file |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| sweep | trial | parameters | rate | held-out loss | of the base's | file |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     panels: dict[str, list[Dot]] = {}
     for one in results:
         share = one.heldout_adapter / results[0].heldout_base
         cells = (one.trial.sweep, one.trial.name, f"{one.trial.parameters:,}", f"{one.trial.lr:g}")
-        more = (f"{one.heldout_adapter:.5f}", f"{share:.1%}", f"{one.seconds:.0f}", f"{one.file_bytes / 1024:,.0f} KiB")
+        more = (f"{one.heldout_adapter:.5f}", f"{share:.1%}", f"{one.file_bytes / 1024:,.0f} KiB")
         lines.append(f"| {' | '.join((*cells, *more))} |")
         panels.setdefault(one.trial.sweep, []).append(Dot(one.trial.name, share, f"{one.trial.parameters:,} numbers"))
     if "method" in panels:
