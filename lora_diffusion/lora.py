@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.dropping import Dropping
-from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape, out_width
+from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
 from lora_diffusion.packing import Block, repacked, unrecorded
 from lora_diffusion.pairs import Pair
 from lora_diffusion.products import LowRank, add_convolution, add_linear, over_pixels
@@ -96,13 +96,13 @@ class Slot(nn.Module):
         Rows that are there already stay or move; rows beyond all, up to `reserve`, are zero. Tensors of the right
         shape are written in place.
         """
-        dtype = torch.float32 if trainable else compute_dtype(layer)
-        weight = frozen_weight(layer)
+        dtype = torch.float32 if trainable else compute_dtype(core(layer))
+        weight = frozen_weight(core(layer))
         device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
         pairs = [part for part in parts if isinstance(part, Pair)]
         blocks = [pair.block for pair in pairs]
         rows = max(sum(rank for _, rank in blocks), self.reserve)
-        kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # of a norm's slot: no rows
+        kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # norms, attentions: no rows
         with unrecorded():
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 held, kind = self._held(name), (dtype, device)
@@ -198,6 +198,8 @@ class Slot(nn.Module):
             return out
         if out is None or (not torch.compiler.is_compiling() and self.idle):  # compiled code adds zero instead
             return out
+        if isinstance(out, tuple):  # joint attention: the picture's tokens, then the text's
+            return (self.after(layer, args, kwargs, out[0]), *out[1:])
         x = _input(args, kwargs)
         if self.branches:  # first: they need the base output, to which pairs may be added in place
             out = add_branches(self._turned(out), layer, x, out)

@@ -117,9 +117,7 @@ class AdapterStack:
     def clear(self) -> None:
         """Take everything off; the pipeline is bit-identical to what it was."""
         self.unfuse()
-        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
-        self._stacked.clear()
-        self._seat(sites)
+        self._empty()
         self._vocabulary.set([])
 
     def weigh(self, name: str, weight: Weight) -> None:
@@ -158,12 +156,8 @@ class AdapterStack:
             raise ConfigError("fuse: a weight changes by step, image or place, and a fused one cannot; weigh first")
         self._fusion = fuse(
             {
-                f"{component}.{name}": (
-                    submodule(self.components[component], name),
-                    slot,
-                    self.shares(component, name),
-                )
-                for component, dial in self._dials.items()
+                f"{c}.{name}": (submodule(self.components[c], name), slot, self.shares(c, name))
+                for c, dial in self._dials.items()
                 for name, slot in dial.slots.items()
             }
         )
@@ -180,9 +174,7 @@ class AdapterStack:
         """Write the weighted sum into the weights for good and take the adapters off; their tokens stay."""
         self.fuse()
         self._fusion = None
-        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
-        self._stacked.clear()
-        self._seat(sites)
+        self._empty()
         self.release()
 
     @property
@@ -192,8 +184,8 @@ class AdapterStack:
 
     def shares(self, component: str, layer: str) -> dict[str, LayerAdapter]:
         """adapter -> its share of one layer."""
-        site = (component, layer)
-        return {name: stacked.layers[site] for name, stacked in self._stacked.items() if site in stacked.layers}
+        found = ((name, stacked.layers.get((component, layer))) for name, stacked in self._stacked.items())
+        return {name: share for name, share in found if share is not None}
 
     def content_hash(self, name: str) -> str:
         """The content hash of an adapter on the stack, as it was when it came."""
@@ -254,8 +246,7 @@ class AdapterStack:
         others = [stacked for key, stacked in self._stacked.items() if key != without]
         if any(stacked.name == name for stacked in others):
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
-        resolved = self._resolve(weight, name)
-        met = self.residents.meet(adapter)
+        resolved, met = self._resolve(weight, name), self.residents.meet(adapter)
         found = met.plan
         found.check(adapter, self.components) if strict else found.check_any(adapter)
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in others), name)
@@ -280,6 +271,11 @@ class AdapterStack:
     def _resolve(self, weight: Weight, name: str) -> Resolved:
         by_name = isinstance(weight, Mapping | list | tuple)  # only then do the layers' names matter
         return resolve_weight(weight, self._layers if by_name else {}, name)
+
+    def _empty(self) -> None:
+        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
+        self._stacked.clear()
+        self._seat(sites)
 
     def _retoken(self, adapter: Adapter) -> None:
         if adapter.embeddings:
