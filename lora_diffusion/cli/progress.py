@@ -84,7 +84,7 @@ class TrainingBars(StageBars):
             self.smooth = 0.95 * self.smooth + 0.05 * step.loss
             seconds = time.monotonic() - self.started
             speed = f" · {(step.done - self.first) / seconds:.2f} steps/s" if step.done > self.first else ""
-            note = f"loss {self.smooth:.4f}{speed}"
+            note = f"loss {self.smooth:.4f} · rate {step.rate:.1e}{speed}"
         self.show(STAGES[step.stage], step.done, step.total, note)
 
 

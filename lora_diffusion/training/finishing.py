@@ -100,7 +100,9 @@ def _path(run: Run, adapter: Adapter) -> Path:
 
 
 def _metadata(run: Run, title: str, base: float | None, trained: float) -> dict[str, str]:
-    config = run.config.model_dump(mode="json", exclude={"output": True, "base": True, "adapter": {"init_from"}})
+    config = run.config.model_dump(
+        mode="json", exclude={"output": True, "base": True, "watch": True, "adapter": {"init_from"}}
+    )
     facts = {
         "base": Path(run.config.base).name,
         "base_precision": run.config.backbone.precision,

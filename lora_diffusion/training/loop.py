@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,7 @@ from lora_diffusion.training.continuing import continue_from
 from lora_diffusion.training.finishing import finish, save_best
 from lora_diffusion.training.interruption import Interruption
 from lora_diffusion.training.judging import Judge, mean
-from lora_diffusion.training.optimizers import optimizer_for, restore, state_of
+from lora_diffusion.training.optimizers import averaged, check_optimizer, optimizer_for, rate_of, restore, state_of
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
 from lora_diffusion.training.rates import rate
@@ -51,6 +52,7 @@ _FREE = frozenset(  # may change on resuming; of `init_from` the content is comp
 
 def train(config: TrainConfig, listen: Listener = lambda progress: None) -> TrainResult:
     """Train the adapter that `config` describes. Raises LoraDiffusionError subclasses, each with one sentence."""
+    check_optimizer(config)
     processes = Processes(config.backbone.device)
     opened = load_pipeline(
         config.base,
@@ -108,12 +110,15 @@ class Run:
             while self.step < total and not interruption.asked:
                 self.losses.append(self._one_step())
                 self.step += 1
-                listen(Progress("train", self.step, total, self.losses[-1]))
+                listen(Progress("train", self.step, total, self.losses[-1], rate_of(self.optimizer)))
                 self._watch()
                 if self.step % self.config.train.checkpoint_every == 0 or self.step == total or interruption.asked:
                     self._save()
         seconds = time.monotonic() - start
-        return finish(self, seconds, listen) if self.step >= total else self._stopped(seconds)
+        if self.step < total:
+            return self._stopped(seconds)
+        with self._averaged():
+            return finish(self, seconds, listen)
 
     def _attach(self) -> Trained:
         def show() -> None:
@@ -167,8 +172,17 @@ class Run:
             self.average.update(self.step + 1)
         return total
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        return averaged(self.optimizer, self.trained, self.config.adapter.max_norm)
+
     def _watch(self) -> None:
         """Measure and draw, at the steps for it."""
+        watch = self.config.watch
+        if any(every and self.step % every == 0 for every in (watch.measure_every, watch.every)):
+            with self._averaged():
+                self._look()
+
+    def _look(self) -> None:
         watch = self.config.watch
         if watch.measure_every and self.step % watch.measure_every == 0:
             loss = mean(self.judge.bands(self.heldout))

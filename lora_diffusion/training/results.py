@@ -23,6 +23,8 @@ class Progress:
     done: int
     total: int
     loss: float = math.nan
+    rate: float = math.nan
+    """Learning rate; what Prodigy finds is in it."""
 
 
 Listener = Callable[[Progress], None]
