@@ -39,7 +39,9 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         made.append(_measured(run, f"{name}-ema"))
     listen(Progress("measure", 2, 2))
     if run.config.watch.prompts and run.processes.index == 0:
-        run.painter.at_weights(run.trained)
+        run.board.picture(run.step, run.painter.at_weights(run.trained))
+    if run.heldout.items and run.step not in dict(run.measured):
+        run.board.points(run.step, {"loss/heldout": mean(made[0][1])})
     norms = {a.component: {n: _norm(a.model, n) for n in a.slots} for a in run.trained.attachments}
     run.trained.detach()
     unchanged = fingerprint(run.denoiser) == run.before

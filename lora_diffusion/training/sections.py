@@ -201,6 +201,8 @@ class WatchConfig(Section):
 
     measure_every: int | None = Field(None, ge=1)
     """Steps between held-out losses; the best state is kept as NAME-best.safetensors. None: at the end alone."""
+    tensorboard: bool = False
+    """Losses, rate, gradient norm and pictures for TensorBoard, into OUTPUT/tensorboard."""
     every: int | None = Field(None, ge=1)
     """Steps between pictures; None: at the end alone."""
     prompts: list[str] = Field(default_factory=list)
