@@ -49,9 +49,8 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         for adapter, bands in made:
             said = _metadata(run, adapter.name, mean(base), mean(bands))
             save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
-    run.processes.wait()
     adapter, trained = made[0]
-    return TrainResult(
+    result = TrainResult(
         _path(run, adapter),
         run.step,
         seconds,
@@ -67,7 +66,12 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         weights=norms,
         previews=sorted((run.config.output / "previews").glob("[sw]*.png")),
         memory=_peak_memory(),
+        precision=run.config.backbone.precision,
     )
+    if run.processes.index == 0:
+        result.write(run.config.output)
+    run.processes.wait()
+    return result
 
 
 def save_best(run: Run, loss: float) -> None:
