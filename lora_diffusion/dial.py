@@ -24,7 +24,7 @@ from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Slot
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One adapter on one layer."""
 
@@ -44,7 +44,8 @@ class Dial:
         self.slots: dict[str, Slot] = {}
         self.entries: list[Entry] = []
         self.call = Call()
-        self._by_layer: dict[str, list[int]] = {}
+        self._by_layer: dict[str, range] = {}
+        self._by_name: dict[str, list[int]] = {}
         self._numbers: list[float] = []
         self._scheduled: list[int] = []
         self._fading: list[int] = []  # entries whose rows act by the noise
@@ -54,6 +55,7 @@ class Dial:
         self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         self._hooks: tuple[RemovableHandle, ...] = ()
         self._listening = (False, False)
+        self._still = True  # every level is a number and they add up: nothing changes from call to call
         self.composition = Composition()
         self._order: list[str] = []  # adapters as they were added
         self._taking_part: list[str] = []  # those that are on, where they do not simply add up
@@ -74,19 +76,22 @@ class Dial:
         """
         self.slots, self._order = dict(slots), list(weights)
         self.composition = composition if composition is not None and self.clock is not None else Composition()
-        self.entries, self._by_layer = [], {}
+        self.entries, self._by_layer, self._by_name = [], {}, {}
         owner: list[int] = []
         rows: list[int] = []
         for layer, slot in slots.items():
-            first = len(self.entries)
-            scaled = ((name, rank, scale * factors.get((name, layer), 1.0)) for name, rank, scale in slot.entries)
-            self.entries += [Entry(name, layer, rank, scale) for name, rank, scale in scaled]
-            self._by_layer[layer] = list(range(first, len(self.entries)))
-            ranks = [rank for _, rank, _ in slot.entries]
-            owner += [*self._by_layer[layer], -1]  # rows in reserve belong to the last number, which is 0
-            rows += [*ranks, slot.rows - sum(ranks)]
-            for entry in self.entries[first : first + len(slot.pairs)]:
-                entry.fading = fadings.get(entry.name) if self.clock is not None else None
+            first, slot.live = len(self.entries), None
+            self._by_layer[layer] = range(first, first + len(slot.entries))
+            for number, (name, rank, scale) in enumerate(slot.entries, first):
+                self.entries.append(Entry(name, layer, rank, scale * factors.get((name, layer), 1.0)))
+                self._by_name.setdefault(name, []).append(number)
+                owner.append(number)
+                rows.append(rank)
+            owner.append(-1)  # rows in reserve belong to the last number, which is 0
+            rows.append(slot.rows - sum(rows[-len(slot.entries) :] if slot.entries else ()))
+            if fadings and self.clock is not None:
+                for entry in self.entries[first : first + len(slot.pairs)]:
+                    entry.fading = fadings.get(entry.name)
         self._numbers = [0.0] * (len(self.entries) + 1)
         self._fading = [i for i, entry in enumerate(self.entries) if entry.fading is not None]
         self._active = [math.inf] * len(self._numbers)
@@ -94,14 +99,23 @@ class Dial:
         self._owner = torch.tensor(owner, dtype=torch.long).repeat_interleave(counts)
         self._place = torch.arange(len(self._owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         self._scales = torch.tensor([*(entry.scale for entry in self.entries), 0.0])[self._owner]
+        self._scheduled, self._taking_part, self._turn = [], [], None
+        self._still = self.composition.mode == "sum" and not self._fading and self._listening == (False, False)
         self._share()
         self.turn(weights)
 
     def turn(self, weights: Mapping[str, Resolved]) -> None:
         """Set the levels of these adapters; the others keep theirs."""
-        for entry in self.entries:
-            if entry.name in weights:
-                entry.level = weights[entry.name].at(self.component, entry.layer)
+        plain = all(isinstance(one.everywhere, float) and not one.sites for one in weights.values())
+        for name, resolved in weights.items():
+            for number in self._by_name.get(name, ()):
+                entry = self.entries[number]
+                entry.level = resolved.at(self.component, entry.layer)
+                if plain and self._still:
+                    self._numbers[number] = number_at(entry.level, 0.0)
+        if plain and self._still:
+            self.write()
+            return
         composed = self.composition.mode != "sum"
         on = {entry.name for entry in self.entries if entry.level != 0.0} if composed else set[str]()
         self._taking_part = [name for name in self._order if name in on]
@@ -115,6 +129,7 @@ class Dial:
         self.write()
         changing = len(self._taking_part) > 1 or any(not isinstance(e.level, float) or e.fading for e in self.entries)
         repeating = self.composition.times(self._taking_part) > 1
+        self._still = not composed and not changing
         self._listen(before=self.clock is not None and changing, after=repeating)
 
     def _number(self, entry: Entry, progress: float) -> float:
@@ -126,25 +141,26 @@ class Dial:
 
     def _share(self) -> None:
         device = next((slot.down.device for slot in self.slots.values() if not slot.down.is_meta), None)
-        start = 0
         with torch.inference_mode(mode=False):  # it is written to outside of one as well
             self._gains = torch.zeros(len(self._owner), device=device)
-            for slot in self.slots.values():
-                slot.share(self._gains[start : start + slot.rows])
-                start += slot.rows
+            gates = self._gains.split([slot.rows for slot in self.slots.values()])
+        for (layer, slot), gate in zip(self.slots.items(), gates, strict=True):
+            slot.share(gate, self._numbers, self._by_layer[layer].start)
 
     def write(self) -> None:
         """All gates at once, in place: no graph sees a new tensor."""
-        if any(slot.gate._base is not self._gains for slot in self.slots.values()):
+        if not all(slot.shares(self._gains) for slot in self.slots.values()):
             self._share()  # the model was moved or cast in between
         gains = torch.tensor(self._numbers)[self._owner] * self._scales
         if self._fading:
             gains = gains * (self._place < torch.tensor(self._active)[self._owner])
         self._gains.copy_(gains)
-        for layer, slot in self.slots.items():
-            numbers = tuple(self._numbers[i] for i in self._by_layer[layer])
-            slot.weights = numbers
-            slot.idle = not any(numbers)
+
+    def wake(self) -> None:
+        """Let slots that were fused into their weights act again."""
+        for slot in self.slots.values():
+            slot.asleep = False
+        self.write()
 
     def _listen(self, *, before: bool, after: bool) -> None:
         """Hook the denoiser where something changes with its calls, and their outcome where it is a mean."""

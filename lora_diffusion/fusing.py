@@ -58,7 +58,7 @@ def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
                 kept.append((tensor, tensor.detach().to("cpu", copy=True)))
                 tensor.data.copy_(new)
             slot.gate.zero_()  # compiled code reads the gate alone
-            slot.idle = True
+            slot.asleep = True
     return Fusion(kept)
 
 

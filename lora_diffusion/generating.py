@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from lora_diffusion.composing import Composition
@@ -73,6 +72,8 @@ def reconstructed(pipe: Any, pictures: Sequence[Image.Image], size: tuple[int, i
 
     Unchanged where the VAE is none of the common kind (`AutoencoderKL`).
     """
+    from diffusers import AutoencoderKL  # here, because it takes seconds
+
     vae: Any = pipe.vae
     if not isinstance(vae, AutoencoderKL):
         return list(pictures)

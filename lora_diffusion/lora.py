@@ -40,7 +40,9 @@ from lora_diffusion.products import LowRank, add_convolution, add_linear, over_p
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
-_PLAIN = frozenset({"convolution", "entries", "idle", "kept", "packed", "pairs", "reserve", "rows", "weights"})
+_PLAIN = frozenset({"asleep", "convolution", "entries", "first", "hooks", "kept", "live", "numbers", "packed"}) | {
+    *("pairs", "reserve", "rows")
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ class Slot(nn.Module):
     hooks: tuple[RemovableHandle, ...] = ()
     live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
     packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
+    asleep = False  # fused into the weight: the layer is left alone, whatever the weights
+    numbers: Sequence[float] = ()  # weights by entry; a dial's slots share one list, theirs from `first` on
+    first = 0
 
     def __init__(
         self,
@@ -127,19 +132,33 @@ class Slot(nn.Module):
         self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
         self.rows = rows + len(branches)
 
-    def share(self, gate: Tensor) -> None:
-        """Take a gate that lies in a larger buffer, as a dial gives it."""
-        self._buffers["gate"] = gate
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One number an entry."""
+        return tuple(self.numbers[self.first : self.first + len(self.entries)])
+
+    @property
+    def idle(self) -> bool:
+        """Whether the layer is left alone, bit for bit."""
+        return self.asleep or not any(self.weights)
+
+    def share(self, gate: Tensor, numbers: Sequence[float], first: int) -> None:
+        """Take a gate that lies in a larger buffer, and weights in a longer list, as a dial has them for all slots."""
+        self._buffers["gate"], self.numbers, self.first = gate, numbers, first
+
+    def shares(self, gates: Tensor) -> bool:
+        """Whether the gate lies in this buffer; not after the model was moved or cast."""
+        gate = self._buffers["gate"]
+        return gate is not None and gate._base is gates
 
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Set the gate from one number an adapter (1 where none is given)."""
-        self.weights = tuple(weights.get(name, 1.0) for name, _, _ in self.entries)
+        self.numbers, self.first = [weights.get(name, 1.0) for name, _, _ in self.entries], 0
         ranks = [rank for _, rank, _ in self.entries]
-        gains = [w * scale for w, (_, _, scale) in zip(self.weights, self.entries, strict=True)]
+        gains = [w * scale for w, (_, _, scale) in zip(self.numbers, self.entries, strict=True)]
         repeats = torch.tensor([*ranks, self.rows - sum(ranks)])  # the last: rows in reserve
         gate = torch.tensor([*gains, 0.0]).repeat_interleave(repeats)
         self.gate = gate.to(self.down.device)
-        self.idle = not any(gains)  # then the layer is left alone, bit for bit
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """`out` (the frozen layer's output for `x`) with all pairs added."""
@@ -193,12 +212,12 @@ class Slot(nn.Module):
 
     def _turned(self, out: Tensor) -> list[tuple[Branch, Tensor]]:
         """Every branch that is on, with its number in the gate, shaped to multiply its output."""
-        gate, first = self._gate(out), len(self.pairs)
+        gate, first, weights = self._gate(out), len(self.pairs), self.weights
         column = sum(rank for _, rank, _ in self.pairs)
         on: list[tuple[Branch, Tensor]] = []
         for i, branch in enumerate(self.branches):
             assert isinstance(branch, Branch)
-            if self.weights[first + i] or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or weights[first + i]:
                 gain = gate[..., column + i : column + i + 1].to(out.device)
                 if self.training and self.dropping:
                     gain = gain * self.dropping.whole(out.device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from lora_diffusion.adapter import DENOISERS
 from lora_diffusion.errors import ConfigError
@@ -125,6 +126,20 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
         if isinstance(model := getattr(pipe, name, None), torch.nn.Module):
             return model
     raise ConfigError(f"{type(pipe).__name__} has no denoiser; expected a component {' or '.join(DENOISERS)}")
+
+
+@torch.no_grad()
+def draw_one(pipe: Any, prompt: str, seed: int, *, steps: int, guidance: float, side: int) -> Image.Image:
+    """One square picture, `side` pixels wide; the same on every device, because the noise is made on the CPU."""
+    (picture,) = pipe(
+        prompt,
+        generator=torch.Generator().manual_seed(seed),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        width=side,
+        height=side,
+    ).images
+    return picture
 
 
 def _empty_denoiser(base: str | Path) -> dict[str, torch.nn.Module]:

@@ -65,11 +65,6 @@ class Residents(Generic[Plan]):
             met = self._met[id(adapter)] = Met(adapter, stamp, self._make(adapter, fresh))
         return met
 
-    def forget(self) -> None:
-        """Let the host's memory go."""
-        self._files.clear()
-        self._met.clear()
-
 
 def _stamp(adapter: Adapter) -> tuple[int, ...]:
     """Changes when a layer is exchanged or a tensor is written to in place."""

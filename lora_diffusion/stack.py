@@ -161,7 +161,7 @@ class AdapterStack:
             self._fusion.undo()
             self._fusion = None
             for dial in self._dials.values():
-                dial.write()
+                dial.wake()
 
     def bake(self) -> None:
         """Write the weighted sum into the weights for good and take the adapters off; their tokens stay."""

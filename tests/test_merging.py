@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_diffusion import Adapter, AdapterStack, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError
+from lora_diffusion.families.names import places
 from lora_diffusion.merging import bake, conflicts, cut, extract, merge, resize
 from lora_diffusion.merging.conflicts import Conflict
 from lora_diffusion.merging.picture import heat_map
 from lora_diffusion.merging.rules import dare, della, prune, ties, trimmed
+from lora_diffusion.methods import METHODS
 from lora_diffusion.quantize import load_quantized
+from lora_diffusion.targets import find_targets
 from tests import tiny
 from tests.test_gates import adapter
 
@@ -165,6 +170,30 @@ def test_conflicts_of_known_pairs() -> None:
     assert (row.columns, row.rows) == (0, 0)
 
 
+def test_other_methods_are_resized_and_compared_over_their_base(sd: Any) -> None:
+    layers = {n: m for n, m in find_targets(sd.unet, "attention").items() if n.endswith(("to_q", "to_k"))}
+    random = torch.Generator().manual_seed(3)
+    loha = {name: METHODS["loha"](rank=2).fresh(layer, random) for name, layer in layers.items()}
+    for layer in loha.values():
+        for tensor in layer.tensors.values():
+            tensor.normal_(generator=random)
+    name, layer = next(iter(layers.items()))
+    delta = METHODS["loha"].delta(loha[name], layer).double()
+    one = Adapter("one", {"unet": loha})
+    with pytest.raises(ConfigError, match="'loha' changes depends on the base model"):
+        resize(one, rank=2)
+    smaller = resize(one, rank=3, base=sd)
+    best, rest = dense(smaller.adapter, name), torch.linalg.svdvals(delta)[3:]
+    torch.testing.assert_close((best - delta).norm(), rest.norm(), rtol=1e-4, atol=1e-6)
+    assert resize(one, energy=1.0, base=sd).kept == pytest.approx(1.0)
+    twice = Adapter("twice", {"unet": {n: replace(a, alpha=2 * (a.alpha or 1)) for n, a in loha.items()}})
+    with pytest.raises(ConfigError, match="depends on the base model"):
+        conflicts([one, twice])
+    rows = conflicts([one, twice], sd)
+    assert {row.block for row in rows} >= {"mid", "up.0"}
+    assert all((r.columns, r.rows, r.signs, r.ratio) == pytest.approx((1, 1, 0, 0.5)) for r in rows)
+
+
 def test_the_heat_map_shows_each_figure_as_a_colour() -> None:
     def row(pair: tuple[str, str], block: str, value: float) -> Conflict:
         return Conflict(*pair, "unet", block, value, 0.0, 0.5, 1.0, (1.0, 1.0))
@@ -212,6 +241,35 @@ def test_extract_names_what_no_adapter_can_hold(sd: Any) -> None:
     assert found.left_out == ["unet.conv_in.bias"]
     assert list(found.adapter.layers["unet"]) == ["mid_block.attentions.0.proj_in"]
     assert found.adapter.layers["unet"]["mid_block.attentions.0.proj_in"].tensors["down"].shape[0] <= 4
+
+
+@pytest.mark.parametrize("names", ["checkpoint", "diffusers"])
+def test_extract_reads_a_checkpoint_in_one_file(sd: Any, base: Path, tmp_path: Path, names: str) -> None:
+    tuned, path = tiny.sd().unet, tmp_path / "tuned.safetensors"
+    changed = [name for name in find_targets(tuned, "attention") if name.endswith("to_q")]
+    for name in changed:
+        tuned.get_submodule(name).weight.data += 0.1 * torch.randn(tuned.get_submodule(name).weight.shape)
+    state, layers = tuned.state_dict(), {key.rpartition(".")[0] for key in tuned.state_dict()}
+    back = {place.layers[0]: name for name, place in places("UNet2DConditionModel", layers).items()}
+    if names == "checkpoint":
+        parts = {key: key.rpartition(".") for key in state}
+        state = {f"model.diffusion_model.{back[parts[key][0]]}.{parts[key][2]}": state[key] for key in state}
+    save_file({key: tensor.half().contiguous() for key, tensor in state.items()}, path)  # the base is in float32
+    found = extract(path, base, rank=64)
+    assert sorted(found.adapter.layers["unet"]) == sorted(changed)  # float16 changed no other
+    assert not found.left_out
+    weight = sd.unet.get_submodule(changed[0]).weight
+    torch.testing.assert_close(
+        dense(found.adapter, changed[0]).float(), tuned.get_submodule(changed[0]).weight - weight, rtol=0, atol=1e-3
+    )
+    with pytest.raises(ConfigError, match="base must be a Diffusers folder"):
+        extract(path, sd)
+    tiny.sdxl().save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterMismatchError, match="cannot be read as a StableDiffusionXLPipeline"):
+        extract(path, tmp_path / "other")
+    path.write_bytes(b"<html>")
+    with pytest.raises(ConfigError, match="cannot be read as model weights"):
+        extract(path, base)
 
 
 def test_a_small_delta_is_not_baked_into_nf4_unless_forced(sd: Any, base: Path, tmp_path: Path) -> None:

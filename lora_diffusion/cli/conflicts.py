@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_diffusion.cli.options import Overwrite, parse_adapter, refuse_existing
+from lora_diffusion.cli.options import BaseOfMerge, Overwrite, parse_adapter, refuse_existing
 
 
 def conflicts(
@@ -15,6 +15,7 @@ def conflicts(
     picture: Annotated[
         Path | None, typer.Option("--picture", "-p", metavar="PNG", help="Draw overlaps and signs as a heat map too.")
     ] = None,
+    base: BaseOfMerge = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Where adapters get in each other's way, block by block, and weights that balance them.
@@ -34,7 +35,7 @@ def conflicts(
     from lora_diffusion.sheet import write_picture
 
     table = Table("adapters", "component", "block", "columns", "rows", "signs", "norms", "weights")
-    found = find_conflicts([load_adapter(path) for path in paths])
+    found = find_conflicts([load_adapter(path) for path in paths], base)
     for row in found:
         figures = (f"{row.columns:.2f}", f"{row.rows:.2f}", f"{row.signs:.2f}", f"{row.ratio:.2f}")
         weights = f"{row.weights[0]:.2f} / {row.weights[1]:.2f}"

@@ -11,7 +11,7 @@ from lora_diffusion.cli.options import Format, Out, Overwrite, refuse_existing
 
 
 def extract(
-    tuned: Annotated[Path, typer.Argument(help="Diffusers folder of the tuned model.")],
+    tuned: Annotated[Path, typer.Argument(help="Diffusers folder or .safetensors checkpoint of the tuned model.")],
     base: Annotated[Path, typer.Argument(help="Diffusers folder of the model it was tuned from.")],
     out: Out = Path("extracted.safetensors"),
     rank: Annotated[int, typer.Option(min=1, help="The most a layer gets.")] = 32,

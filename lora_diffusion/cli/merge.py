@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from lora_diffusion.cli.options import Format, Merging, Out, Overwrite, parse_adapter, refuse_existing
+from lora_diffusion.cli.options import BaseOfMerge, Format, Merging, Out, Overwrite, parse_adapter, refuse_existing
 
 
 def merge(
     adapters: Merging,
     out: Out = Path("merged.safetensors"),
     method: Annotated[str, typer.Option(help="sum, slerp, ties, dare, della or prune.")] = "sum",
-    base: Annotated[
-        str | None, typer.Option("--base", "-b", help="Base model; methods other than low-rank pairs need it.")
-    ] = None,
+    base: BaseOfMerge = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank to write (default: exact for sum and slerp).")] = None,
     density: Annotated[float, typer.Option(help="Share of elements that ties, dare, della and prune keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="For dare and della.")] = 0,

@@ -46,6 +46,9 @@ Every = Annotated[int, typer.Option(min=1, help="Steps of one turn, for --compos
 Balance = Annotated[
     bool, typer.Option("--balance", help="Bring all adapters of a layer to one norm before their weights count.")
 ]
+BaseOfMerge = Annotated[
+    str | None, typer.Option("--base", "-b", help="Base model; methods other than low-rank pairs need it.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Adapter file to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 Format = Annotated[str, typer.Option(help="Spelling of the file: diffusers, kohya, comfy, …")]

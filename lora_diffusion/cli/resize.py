@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_diffusion.cli.options import Format, Out, Overwrite, parse_adapter, refuse_existing
+from lora_diffusion.cli.options import BaseOfMerge, Format, Out, Overwrite, parse_adapter, refuse_existing
 
 
 def resize(
@@ -19,6 +19,7 @@ def resize(
     nested: Annotated[
         bool, typer.Option("--nested", help="Keep the first --rank rows as they are: for an adapter trained nested.")
     ] = False,
+    base: BaseOfMerge = None,
     format: Format = "diffusers",
     overwrite: Overwrite = False,
 ) -> None:
@@ -47,7 +48,7 @@ def resize(
         if nested and rank is not None:
             smaller = cut(whole, rank, listen=listen)
         else:
-            smaller = resize_adapter(whole, rank=rank, energy=energy, frobenius=frobenius, listen=listen)
+            smaller = resize_adapter(whole, rank=rank, energy=energy, frobenius=frobenius, base=base, listen=listen)
     save_adapter(smaller.adapter, out, format=format, overwrite=overwrite)
     ranks = sorted(smaller.ranks.values())
     say(f"{out}: ranks {ranks[0]} to {ranks[-1]}, {smaller.kept:.2%} of the energy kept")

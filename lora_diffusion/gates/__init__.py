@@ -16,11 +16,12 @@ They nest: a mapping may hold schedules, lists and regions; a list may hold mapp
 from lora_diffusion.gates.blocks import blocks_of
 from lora_diffusion.gates.levels import Call, Level, entry_gate, is_live, number_at
 from lora_diffusion.gates.masks import Region
-from lora_diffusion.gates.resolving import Resolved, Weight, resolve_weight
+from lora_diffusion.gates.resolving import ALIASES, Resolved, Weight, resolve_weight
 from lora_diffusion.gates.schedules import Keyframes, Window, linear, parse_schedule, window
 from lora_diffusion.gates.spelling import parse_weight, spell_weight, times
 
 __all__ = [
+    "ALIASES",
     "Call",
     "Keyframes",
     "Level",

@@ -15,6 +15,7 @@ from lora_diffusion.gates.schedules import parse_schedule
 
 Weight = float | str | Callable[[float], float] | Region | Sequence[Any] | Mapping[str, Any]
 
+#: short names of the components that a pipeline may have without an adapter for them
 ALIASES = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_diffusion.adapter import DENOISERS, Adapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.fusing import fused_weight
-from lora_diffusion.pipelines import DTYPES, denoiser_of, load_pipeline
+from lora_diffusion.pipelines import DTYPES, denoiser_of, load_pipeline, quiet
 from lora_diffusion.quantize import WeightFiles, dequantize, quantize, save_quantized
 from lora_diffusion.quantize.layers import four_bit
 from lora_diffusion.quantize.plan import plan
@@ -70,7 +70,8 @@ def bake(
                 "keep the adapter beside the 4-bit base, bake into bf16, or force it"
             )
     stack.bake()
-    _save(pipe, out, into)
+    with quiet():
+        _save(pipe, out, into)
     return Baked(out, into, kept)
 
 

@@ -5,6 +5,9 @@ columns, rows   overlap of the spaces two deltas write to and read from: mean sq
 signs           share of the common energy sum |a b| where the two pull in opposite directions; 0.5 is chance
 ratio           |a| / |b|, Frobenius norms
 weights         what makes the two equally strong there, the weaker one at 1
+
+Spaces are those of a low-rank pair; of another method's change, the directions that hold 99 % of its energy.
+Normalisations have no spaces and are left out.
 """
 
 from __future__ import annotations
@@ -13,14 +16,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, same_layer
+from lora_diffusion.adapter import Adapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.gates import blocks_of
-from lora_diffusion.merging.factors import Factors, factors_of
+from lora_diffusion.merging.factors import Factors
+from lora_diffusion.merging.resize import rank_for
+from lora_diffusion.merging.shares import Change, Dense, Models, models_of, shares_of
+
+ENERGY = 0.99  # that the leading directions of a change without a rank hold
 
 
 @dataclass(frozen=True)
@@ -48,33 +56,32 @@ class _Tally:
     second: float = 0.0
 
 
-def conflicts(adapters: Sequence[Adapter]) -> list[Conflict]:
+def conflicts(adapters: Sequence[Adapter], base: Any = None) -> list[Conflict]:
     """Every pair of adapters in every block that both change. ConfigError for fewer than two adapters.
 
-    One layer is dense at a time.
+    `base` is the pipeline or Diffusers folder that they are for: methods other than low-rank pairs need it. One
+    layer is dense at a time.
     """
     if len(adapters) < 2:
         raise ConfigError(f"conflicts: {len(adapters)} adapters; expected at least two")
-    return [row for a, b in combinations(adapters, 2) for row in _between(a, b)]
+    models = None if base is None else models_of(base)
+    return [row for a, b in combinations(adapters, 2) for row in _between(a, b, models)]
 
 
-def _between(a: Adapter, b: Adapter) -> list[Conflict]:
-    theirs = {(component, same_layer(name)): (name, layer) for component, name, layer in b}
+def _between(a: Adapter, b: Adapter, models: Models | None) -> list[Conflict]:
     tallies: dict[tuple[str, str], _Tally] = {}
-    for component, name, layer in a:
-        if found := theirs.get((component, same_layer(name))):
-            block = next((n for n in reversed(blocks_of(name) or blocks_of(found[0]))), "other")
-            one = factors_of(layer, f"adapter {a.name!r}: {component} {name}")
-            other = factors_of(found[1], f"adapter {b.name!r}: {component} {found[0]}")
-            _count(tallies.setdefault((component, block), _Tally()), one, other)
+    for (component, name), shares in shares_of([a, b], [1.0, 1.0], models).items():
+        changes = [share.change() for share in shares]
+        if len(changes) == 2 and all(isinstance(one, Factors) or one.weight.dim() > 1 for one in changes):
+            block = next(reversed(blocks_of(name)), "other")
+            _count(tallies.setdefault((component, block), _Tally()), *changes)
     return [_conflict(a.name, b.name, *place, tally) for place, tally in tallies.items()]
 
 
-def _count(tally: _Tally, one: Factors, other: Factors) -> None:
-    (ua, sa, va), (ub, sb, vb) = one.svd(), other.svd()
-    columns_a, columns_b, rows_a, rows_b = ua[:, _live(sa)], ub[:, _live(sb)], va[_live(sa)], vb[_live(sb)]
-    tally.columns.append(_overlap(columns_a.t() @ columns_b))
-    tally.rows.append(_overlap(rows_a @ rows_b.t()))
+def _count(tally: _Tally, one: Change, other: Change) -> None:
+    (ua, sa, va), (ub, sb, vb) = _leading(one), _leading(other)
+    tally.columns.append(_overlap(ua.t() @ ub))
+    tally.rows.append(_overlap(va @ vb.t()))
     product = one.dense().float() * other.dense().float()
     tally.common += float(product.abs().sum())
     tally.against += float(-product.clamp(max=0).sum())
@@ -82,8 +89,13 @@ def _count(tally: _Tally, one: Factors, other: Factors) -> None:
     tally.second += float(sb.square().sum())
 
 
-def _live(values: Tensor) -> Tensor:
-    return values > 1e-9 * max(1e-30, float(values[0]))
+def _leading(change: Change) -> tuple[Tensor, Tensor, Tensor]:
+    """The spaces a change writes to (out, k) and reads from (k, in · kh · kw), between them all singular values."""
+    u, s, v = change.svd()
+    count = int((s > 1e-9 * max(1e-30, float(s[0]))).sum())
+    if isinstance(change, Dense):
+        count = min(count, rank_for(s, ENERGY))
+    return u[:, :count], s, v[:count]
 
 
 def _overlap(cosines: Tensor) -> float:

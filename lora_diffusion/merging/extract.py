@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
+from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, some
+from lora_diffusion.merging.checkpoints import components_of
 from lora_diffusion.merging.factors import from_svd
 from lora_diffusion.merging.resize import rank_for
-from lora_diffusion.quantize import WeightFiles
-
-Weights = Mapping[str, Tensor]
 
 #: two-dimensional weights that are tables, not layers
 _TABLE = re.compile(r"(^|\.)(\w*token_embedding|position_embedding|embed_tokens|shared|relative_attention_bias)$")
@@ -43,13 +40,14 @@ def extract(
 ) -> Extracted:
     """The difference of two models as low-rank pairs of at most `rank`, fewer where they keep `energy` of a layer.
 
-    `tuned` and `base` are Diffusers folders or pipelines. Layers that do not differ are left out; biases, norms and
+    `tuned` and `base` are Diffusers folders or pipelines, `tuned` also a `.safetensors` checkpoint in its tool's own
+    names, where `base` is a folder (`checkpoints.py`). Layers that do not differ are left out; biases, norms and
     embeddings that do are listed. AdapterMismatchError where the models are not of one architecture or do not
     differ; ConfigError for a folder that cannot be read and for quantised weights.
     """
     if rank < 1 or not 0 < energy <= 1:
         raise ConfigError(f"extract: rank {rank}, energy {energy}; expected at least 1, and more than 0 up to 1")
-    ours, theirs = components_of(tuned), components_of(base)
+    ours, theirs = components_of(tuned, base), components_of(base)
     if missing := sorted(ours.keys() - theirs.keys()):
         raise AdapterMismatchError(f"extract: the base has no {some(missing)}; it is another kind of model")
     layers: dict[str, dict[str, LayerAdapter]] = {}
@@ -71,33 +69,12 @@ def extract(
     return Extracted(Adapter(name, layers), kept / whole, left_out)
 
 
-def components_of(model: Any) -> dict[str, Weights]:
-    """Denoiser and text encoders of a pipeline or Diffusers folder: component -> tensor name -> tensor."""
-    if isinstance(model, str | Path):
-        return _folders(Path(model).expanduser())
-    parts = getattr(model, "components", None)
-    if not isinstance(parts, dict):
-        raise ConfigError(f"extract: {type(model).__name__} is no pipeline and no Diffusers folder")
-    return {n: part.state_dict() for n, part in parts.items() if isinstance(part, nn.Module) and _is_adapted(n)}
-
-
-def _folders(folder: Path) -> dict[str, Weights]:
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(f"{folder} is no Diffusers folder: there is no model_index.json in it")
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and _is_adapted(path.name))
-    return {path.name: WeightFiles(path) for path in inside}
-
-
-def _is_adapted(component: str) -> bool:
-    return component in DENOISERS or component.startswith("text_encoder")
-
-
 def _is_layer(key: str, delta: Tensor) -> bool:
     return key.endswith(".weight") and delta.dim() in (2, 4) and not _TABLE.search(key.removesuffix(".weight"))
 
 
 def _difference(where: str, tuned: Tensor, base: Tensor | None) -> Tensor | None:
-    """tuned - base in float64; None where they are the same."""
+    """tuned - base in float64; None where they are the same, in the narrower precision of the two."""
     if base is None or base.shape != tuned.shape:
         found = "not there" if base is None else str(tuple(base.shape))
         raise AdapterMismatchError(
@@ -107,8 +84,8 @@ def _difference(where: str, tuned: Tensor, base: Tensor | None) -> Tensor | None
         if torch.equal(tuned, base):
             return None  # position ids and the like
         raise ConfigError(f"extract: {where} is {tuned.dtype}; quantised weights do not show what was tuned")
-    delta = tuned.double() - base.double()
-    return delta if bool(delta.any()) else None
+    narrow = min(tuned.dtype, base.dtype, key=lambda dtype: dtype.itemsize)
+    return None if torch.equal(tuned.to(narrow), base.to(narrow)) else tuned.double() - base.double()
 
 
 def _low_rank(delta: Tensor, rank: int, energy: float) -> tuple[LayerAdapter, float, float]:

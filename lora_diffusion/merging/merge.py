@@ -22,7 +22,7 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, did_you_mean
 from lora_diffusion.merging.factors import Factors, concatenated, factored, truncated
 from lora_diffusion.merging.rules import RULES
-from lora_diffusion.merging.shares import Dense, Share, models_of, shares_of
+from lora_diffusion.merging.shares import Change, Dense, models_of, shares_of
 
 EXACT = ("sum", "slerp")
 
@@ -72,14 +72,15 @@ def merge(
     layers: dict[str, dict[str, LayerAdapter]] = {}
     kept = whole = 0.0
     for done, ((component, layer), parts) in enumerate(shares.items()):
-        new, held, energy = _combined([part for part in parts if part[1]], f"{component} {layer}", how)
+        changes = [(part.change(), part.weight) for part in parts]
+        new, held, energy = _combined(changes, f"{component} {layer}", how)
         kept, whole = kept + held, whole + energy
         layers.setdefault(component, {})[layer] = new
         listen(done + 1, len(shares))
     return Merged(Adapter(name, layers, _tokens(adapters)), kept / whole if whole else 1.0)
 
 
-def _combined(parts: list[Share], where: str, how: _How) -> tuple[LayerAdapter, float, float]:
+def _combined(parts: list[tuple[Change, float]], where: str, how: _How) -> tuple[LayerAdapter, float, float]:
     """The layer that says all parts at once, the energy it keeps and the whole energy."""
     pairs = [(change, w) for change, w in parts if isinstance(change, Factors)]
     if len(pairs) < len(parts):
@@ -97,13 +98,13 @@ def _combined(parts: list[Share], where: str, how: _How) -> tuple[LayerAdapter, 
     return factors.layer(), held, energy
 
 
-def _combined_dense(parts: list[Share], where: str, how: _How) -> tuple[LayerAdapter, float, float]:
+def _combined_dense(parts: list[tuple[Change, float]], where: str, how: _How) -> tuple[LayerAdapter, float, float]:
     shape = next(change.weight.shape for change, _ in parts if isinstance(change, Dense))
     biases = [change.bias * w for change, w in parts if isinstance(change, Dense) and change.bias is not None]
     bias = torch.stack(biases).sum(0).float() if biases else None
     if len(shape) == 1:
         return _norm([(change.weight, w) for change, w in parts if isinstance(change, Dense)], bias)
-    total = _total([(c.dense() if isinstance(c, Factors) else c.weight.flatten(1), w) for c, w in parts], how)
+    total = _total([(change.dense(), w) for change, w in parts], how)
     if how.rank is None:
         energy = float(total.square().sum())
         full = {"diff": total.float().reshape(shape)} | ({} if bias is None else {"diff_b": bias})

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter, same_layer
 from lora_diffusion.errors import AdapterMismatchError, ConfigError
 from lora_diffusion.fitting import fit
-from lora_diffusion.gates import resolve_weight
+from lora_diffusion.gates import ALIASES, resolve_weight
+from lora_diffusion.layers import submodule
 from lora_diffusion.merging.factors import Factors, factors_of
 from lora_diffusion.methods import METHODS, bias_change
 from lora_diffusion.pipelines import load_pipeline
@@ -33,10 +35,45 @@ class Dense:
     weight: Tensor
     bias: Tensor | None = None
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """(kh, kw) of a convolution, else ()."""
+        return tuple(self.weight.shape[2:])
+
+    def dense(self) -> Tensor:
+        """The weight's change, (out, in · kh · kw)."""
+        return self.weight.flatten(1)
+
+    def norm(self) -> float:
+        """Frobenius norm of the weight's change."""
+        return float(self.weight.norm())
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (out, r), s (r,) falling, V (r, in · kh · kw), r the smaller side."""
+        u, s, v = torch.linalg.svd(self.dense(), full_matrices=False)
+        return u, s, v
+
 
 Change = Factors | Dense
-Share = tuple[Change, float]  # a layer's change by one adapter, and its weight there
 Models = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One adapter on one layer, before anything is computed, and its weight there."""
+
+    where: str
+    layer: LayerAdapter
+    live: nn.Module | None  # the base's own layer, where there is a base
+    weight: float
+
+    def change(self) -> Change:
+        """What it adds to the layer, the weight aside, in float64 on the CPU: made anew at each call."""
+        if self.live is None or self.layer.method == "lora":
+            return factors_of(self.layer, self.where)
+        bias = bias_change(self.layer)
+        weight = METHODS[self.layer.method].delta(self.layer, self.live).double().cpu()
+        return Dense(weight, None if bias is None else bias.double().flatten().cpu())
 
 
 def models_of(base: Any) -> Models:
@@ -49,7 +86,7 @@ def models_of(base: Any) -> Models:
 def shares_of(
     adapters: Sequence[Adapter], weights: Sequence[Any], models: Models | None
 ) -> dict[tuple[str, str], list[Share]]:
-    """(component, layer) -> its change and weight in the adapters that change it; one with dots names the layer.
+    """(component, layer) -> its shares, none with weight 0; a name with dots is preferred over a flat one.
 
     With `models` (component -> model) every layer has the name and must fit the shape it has there. Without them,
     ConfigError for a method that is no low-rank pair. AdapterMismatchError where one layer has two shapes.
@@ -57,7 +94,8 @@ def shares_of(
     names: dict[tuple[str, str], str] = {}
     found: dict[tuple[str, str], list[Share]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        levels = resolve_weight(weight, {c: list(of) for c, of in adapter.layers.items()}, adapter.name)
+        there = {c: list(of) for c, of in adapter.layers.items()}
+        levels = resolve_weight(weight, {c: list[str]() for c in ALIASES.values()} | there, adapter.name)
         for component, name, layer, live in _placed(adapter, models):
             where = f"adapter {adapter.name!r}: {component} {name}"
             number, key = levels.at(component, name), (component, same_layer(name))
@@ -65,22 +103,13 @@ def shares_of(
                 raise ConfigError(
                     f"{where}: weight {number!r} changes by step, image or place; a file holds one number"
                 )
-            change = _change(layer, live, where)
-            others = found.setdefault(key, [])
-            if others and shape_of(others[0][0]) != shape_of(change):
-                raise AdapterMismatchError(
-                    f"{where} is {shape_of(change)}, {shape_of(others[0][0])} in another adapter"
-                )
-            others.append((change, float(number)))
+            share, others = Share(where, layer, live, float(number)), found.setdefault(key, [])
+            if live is None:  # else both fit the base's layer
+                _check_alone(share, others)
+            others.append(share)
             names[key] = name if "." in name else names.get(key, name)
-    return {(key[0], names[key]): parts for key, parts in found.items() if any(weight for _, weight in parts)}
-
-
-def shape_of(change: Change) -> tuple[int, ...]:
-    """(out, in · kh · kw), or (width,) of a normalisation."""
-    if isinstance(change, Factors):
-        return (change.up.shape[0], change.down.shape[1])
-    return tuple(change.weight.flatten(1).shape) if change.weight.dim() > 1 else tuple(change.weight.shape)
+    wanted = {key: [share for share in shares if share.weight] for key, shares in found.items()}
+    return {(key[0], names[key]): shares for key, shares in wanted.items() if shares}
 
 
 def _placed(adapter: Adapter, models: Models | None) -> Iterator[tuple[str, str, LayerAdapter, nn.Module | None]]:
@@ -90,16 +119,19 @@ def _placed(adapter: Adapter, models: Models | None) -> Iterator[tuple[str, str,
     found = fit(adapter, models)
     found.check(adapter, models)
     for (component, name), layer in found.layers.items():
-        yield component, name, layer, models[component].get_submodule(name)
+        yield component, name, layer, submodule(models[component], name)
 
 
-def _change(layer: LayerAdapter, live: nn.Module | None, where: str) -> Change:
-    if layer.method == "lora":
-        return factors_of(layer, where)
-    if live is None:
+def _check_alone(share: Share, others: Sequence[Share]) -> None:
+    if share.layer.method != "lora":
         raise ConfigError(
-            f"{where}: what its method {layer.method!r} changes depends on the base model; name it (base=, --base)"
+            f"{share.where}: what its method {share.layer.method!r} changes depends on the base model; "
+            "name it (base=, --base)"
         )
-    bias = bias_change(layer)
-    weight = METHODS[layer.method].delta(layer, live).double().cpu()
-    return Dense(weight, None if bias is None else bias.double().flatten().cpu())
+    if others and (there := _pair_shape(others[0].layer)) != (here := _pair_shape(share.layer)):
+        raise AdapterMismatchError(f"{share.where} is {here}, {there} in another adapter")
+
+
+def _pair_shape(layer: LayerAdapter) -> tuple[int, int]:
+    """(out, in · kh · kw) of a low-rank pair's change."""
+    return len(layer.tensors["up"]), layer.tensors["down"][0].numel()

@@ -9,17 +9,14 @@ teacher    a second loss over the training pictures under captions that name the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from lora_diffusion.data.cache import content_key
 from lora_diffusion.families import Family
-from lora_diffusion.pipelines import Opened
+from lora_diffusion.pipelines import Opened, draw_one
 from lora_diffusion.quantize import fingerprint
+from lora_diffusion.sheet import write_picture
 from lora_diffusion.training.config import TrainConfig
 
 Count = Callable[[int, int], None]  # done, total
@@ -41,22 +38,7 @@ def class_folder(config: TrainConfig, opened: Opened, family: Family, listen: Co
     for number in range(prior.pictures):
         path = folder / f"{number:04d}.png"
         if not path.exists():
-            draft = folder / f".{path.stem}.{os.getpid()}.png"
-            _draw(opened.pipe, config, number).save(draft)
-            draft.replace(path)
+            pipe, steps, guidance = opened.pipe, prior.steps, prior.guidance
+            write_picture(draw_one(pipe, prior.subject, number, steps=steps, guidance=guidance, side=size), path)
         listen(number + 1, prior.pictures)
     return folder
-
-
-def _draw(pipe: Any, config: TrainConfig, seed: int) -> Any:
-    prior, size = config.prior, config.data.resolution
-    with torch.inference_mode():
-        (picture,) = pipe(
-            prior.subject,
-            generator=torch.Generator().manual_seed(seed),
-            num_inference_steps=prior.steps,
-            guidance_scale=prior.guidance,
-            width=size,
-            height=size,
-        ).images
-    return picture

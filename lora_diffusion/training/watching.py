@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lora_diffusion.sheet import contact_sheet
+from lora_diffusion.pipelines import draw_one
+from lora_diffusion.sheet import contact_sheet, write_picture
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.trained import Trained
 
@@ -59,24 +60,14 @@ class Painter:
         park(self.pipe, self.parts)
         self.folder.mkdir(parents=True, exist_ok=True)
         title = f"{self.config.name}, {more}" if more else self.config.name
-        path, draft = self.folder / f"{name}.png", self.folder / f".{name}.part.png"
-        contact_sheet(rows, self.config.watch.prompts, columns, title=title).save(draft)
-        draft.replace(path)
+        path = self.folder / f"{name}.png"
+        write_picture(contact_sheet(rows, self.config.watch.prompts, columns, title=title), path)
         return path
 
-    @torch.no_grad()
     def _draw(self, prompt: str, seed: int) -> Image.Image:
         watch = self.config.watch
         side = watch.size or self.config.data.resolution
-        (picture,) = self.pipe(
-            prompt,
-            generator=torch.Generator().manual_seed(seed),
-            num_inference_steps=watch.steps,
-            guidance_scale=watch.guidance,
-            width=side,
-            height=side,
-        ).images
-        return picture
+        return draw_one(self.pipe, prompt, seed, steps=watch.steps, guidance=watch.guidance, side=side)
 
 
 def park(pipe: Any, parts: Sequence[str]) -> None:
