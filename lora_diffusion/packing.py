@@ -29,17 +29,20 @@ class Arrangement:
 
 
 def arrange(held: Sequence[Block], wanted: Sequence[Block]) -> Arrangement:
-    """How `held` rows become `wanted` ones. Blocks in both that changed places are written again, as all others are."""
+    """How `held` rows become `wanted` ones. Blocks in both that changed places are written again, as all others are.
+
+    A block may come more than once, where one adapter is on under two names: it is kept once and else written.
+    """
     first, old = 0, dict[int, int]()
     for token, rows in held:
         old[id(token)], first = first, first + rows
-    known = [old[id(token)] for token, _ in wanted if id(token) in old]
+    known = [old[one] for one in dict.fromkeys(id(token) for token, _ in wanted) if one in old]
     if known != sorted(known):
         old = {}
     runs: list[tuple[int, int, int]] = []
     to, new = 0, dict[int, int]()
     for index, (token, rows) in enumerate(wanted):
-        was = old.get(id(token))
+        was = old.pop(id(token), None)
         if was is None:
             new[index] = to
         elif runs and (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]) == (was, to):
