@@ -103,13 +103,14 @@ class Slot(nn.Module):
         blocks = [pair.block for pair in pairs]
         rows = max(sum(rank for _, rank in blocks), self.reserve)
         kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # norms, attentions: no rows
+        before, self.packed, self.views = self.packed, (), ()  # where writing fails, all is written the next time
         with unrecorded():
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 held, kind = self._held(name), (dtype, device)
-                packed = repacked(held, shape, kind, self.packed, blocks, lambda i, name=name: pairs[i].rows(name))
+                packed = repacked(held, shape, kind, before, blocks, lambda i, name=name: pairs[i].rows(name))
                 if held is None or not held.is_set_to(packed):
                     self._parameters[name] = nn.Parameter(packed, requires_grad=trainable and rows > 0)
-        self.packed, self.views = () if trainable else tuple(blocks), ()
+        self.packed = () if trainable else tuple(blocks)
         self.pairs = tuple(pair.entry for pair in pairs)
         branches = [part for part in parts if isinstance(part, Branch)]
         if branches or self.branches:

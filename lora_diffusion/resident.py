@@ -69,8 +69,8 @@ class Residents(Generic[Plan]):
 
 
 def _stamp(adapter: Adapter) -> tuple[int, ...]:
-    """Changes when a layer is exchanged or a tensor is written to in place."""
+    """Changes when a layer is exchanged or a tensor is written to in place; those of inference mode do not say that."""
     tensors = [tensor for *_, layer in adapter for tensor in layer.tensors.values()]
     tensors += [vectors for by_component in adapter.embeddings.values() for vectors in by_component.values()]
     alphas = [hash((component, name, layer.alpha)) for component, name, layer in adapter]
-    return (*map(id, tensors), *(tensor._version for tensor in tensors), *alphas)
+    return (*map(id, tensors), *(0 if tensor.is_inference() else tensor._version for tensor in tensors), *alphas)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from lora_diffusion.composing import Composition
 from lora_diffusion.dial import Dial
+from lora_diffusion.errors import TargetError
 from lora_diffusion.fitting import Site
 from lora_diffusion.layers import submodule
-from lora_diffusion.lora import Slot
+from lora_diffusion.lora import Slot, slot_of
 from lora_diffusion.packing import unrecorded, write_all
 from lora_diffusion.stacked import Stacked, balance, settled
 
@@ -21,6 +22,16 @@ class Seating:
     def __init__(self, components: Mapping[str, nn.Module], dials: Mapping[str, Dial]) -> None:
         self.components, self.dials = components, dials
         self.reserved: dict[Site, int] = {}  # rows to hold at least
+
+    def check(self, sites: Collection[Site]) -> None:
+        """TargetError where somebody else's adapters are on one of these layers."""
+        for component, name in sites:
+            ours = self.dials[component].slots
+            if name not in ours and slot_of(submodule(self.components[component], name)) is not None:
+                raise TargetError(
+                    f"{component} {name} carries adapters of another stack or of a training; add to that stack, "
+                    "or clear it first"
+                )
 
     def seat(self, sites: Collection[Site], stacked: Sequence[Stacked], composition: Composition) -> None:
         """Put on these layers what belongs there of all adapters, given in the order they were added."""

@@ -9,7 +9,7 @@ with AdapterStack(pipe) as stack:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +61,7 @@ class AdapterStack:
         if name not in self.components:
             raise TargetError(f"no component {name!r}; there are {', '.join(self.components)}")
         sites = {(name, layer): rank for layer in find_targets(self.components[name], targets)}
+        self._seating.check(sites)
         self._seating.reserved |= sites
         self._seat(sites)
 
@@ -79,10 +80,8 @@ class AdapterStack:
         Not strict, what cannot be used is left out and stands in `left_out`; an adapter of which nothing fits is an
         error either way. Tokens that the adapter carries are added to tokenizers and text encoders until it goes.
         """
-        new = self._checked(adapter, weight, name, strict=strict)
-        self._stacked[new.name] = new
-        self._seat(new.layers)
-        self._retoken(new.adapter)
+        new = self._checked(adapter, weight, name, strict, list(self._stacked.values()))
+        self._become([*self._stacked.values(), new], new.layers, new.adapter.embeddings)
         return new.name
 
     def swap(
@@ -100,19 +99,17 @@ class AdapterStack:
         the others', from the host's memory where the adapter was met before. Raises what `add` raises.
         """
         gone = self._stacked[self._known(old)]
-        new = self._checked(adapter, gone.weight if weight is None else weight, name, strict=strict, without=old)
-        kept = [new if name == old else stacked for name, stacked in self._stacked.items()]
-        self._stacked = {stacked.name: stacked for stacked in kept}
-        self._seat(gone.layers | new.layers)
-        self._retoken(gone.adapter if gone.adapter.embeddings else new.adapter)
+        others = [stacked for stacked in self._stacked.values() if stacked is not gone]
+        new = self._checked(adapter, gone.weight if weight is None else weight, name, strict, others)
+        wanted = [new if name == old else stacked for name, stacked in self._stacked.items()]
+        self._become(wanted, gone.layers | new.layers, gone.adapter.embeddings or new.adapter.embeddings)
         return new.name
 
     def remove(self, name: str) -> None:
         """Take one adapter off; layers it alone sat on are as they were."""
         self._refuse_if_fused()
-        stacked = self._stacked.pop(self._known(name))
-        self._seat(stacked.layers)
-        self._retoken(stacked.adapter)
+        gone = self._stacked[self._known(name)]
+        self._become([one for one in self._stacked.values() if one is not gone], gone.layers, gone.adapter.embeddings)
 
     def clear(self) -> None:
         """Take everything off; the pipeline is bit-identical to what it was."""
@@ -231,24 +228,18 @@ class AdapterStack:
         return name
 
     def _checked(
-        self,
-        adapter: Adapter | str | Path,
-        weight: Weight,
-        name: str | None,
-        *,
-        strict: bool,
-        without: str | None = None,
+        self, adapter: Adapter | str | Path, weight: Weight, name: str | None, strict: bool, others: list[Stacked]
     ) -> Stacked:
-        """An adapter that can come, beside all others but `without`; nothing is changed."""
+        """An adapter that can come beside the others; nothing is changed."""
         self._refuse_if_fused()
         adapter = self.residents.read(adapter, strict=strict)
         name = adapter.name if name is None else name
-        others = [stacked for key, stacked in self._stacked.items() if key != without]
         if any(stacked.name == name for stacked in others):
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
         resolved, met = self._resolve(weight, name), self.residents.meet(adapter)
         found = met.plan
         found.check(adapter, self.components) if strict else found.check_any(adapter)
+        self._seating.check(found.layers)
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in others), name)
         left_out = {} if strict else adapter.unused | found.unplaced
         return Stacked(name, adapter, weight, resolved, met, left_out, fading=fading_of(adapter.metadata, name))
@@ -265,21 +256,27 @@ class AdapterStack:
             for component, model in self.components.items()
         }
 
-    def _seat(self, sites: Collection[Site]) -> None:
+    def _seat(self, sites: Collection[Site], tokens: object = None) -> None:
         self._seating.seat(sites, list(self._stacked.values()), self.composition)
+        if tokens:
+            self._vocabulary.set(stacked.adapter.embeddings for stacked in self._stacked.values())
 
     def _resolve(self, weight: Weight, name: str) -> Resolved:
         by_name = isinstance(weight, Mapping | list | tuple)  # only then do the layers' names matter
         return resolve_weight(weight, self._layers if by_name else {}, name)
 
     def _empty(self) -> None:
-        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
-        self._stacked.clear()
-        self._seat(sites)
+        self._become([], {site for stacked in self._stacked.values() for site in stacked.layers}, tokens=None)
 
-    def _retoken(self, adapter: Adapter) -> None:
-        if adapter.embeddings:
-            self._vocabulary.set(stacked.adapter.embeddings for stacked in self._stacked.values())
+    def _become(self, wanted: Iterable[Stacked], sites: Collection[Site], tokens: object) -> None:
+        """Have these adapters, which differ on `sites`, and their tokens if there are any; else those of before."""
+        before, self._stacked = self._stacked, {one.name: one for one in wanted}
+        try:
+            self._seat(sites, tokens)
+        except BaseException:  # no memory left, say
+            self._stacked = before
+            self._seat(sites, tokens)
+            raise
 
     def _refuse_if_fused(self) -> None:
         if self._fusion is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diffusion import AdapterStack, save_adapter
-from lora_diffusion.errors import AdapterMismatchError, LoraDiffusionError, TargetError
+from lora_diffusion.errors import AdapterMismatchError, ConfigError, LoraDiffusionError, TargetError
 from lora_diffusion.lora import Slot
 from lora_diffusion.quantize import fingerprint
 from tests.small import ADAPTERS, Pipe, Small, X, small_adapter
@@ -185,6 +187,70 @@ def test_swapping_equal_ranks_copies_rows_and_changes_no_memory(monkeypatch: pyt
     with pytest.raises(AdapterMismatchError):
         stack.swap("x0", BROKEN["shape"])
     assert list(stack) == ["x0", "x1", "x2", "x3"]
+
+
+@pytest.mark.parametrize(
+    "weight", [lambda at: math.nan, lambda at: 1 / at, lambda at: "much", {"unet": lambda at: math.inf}]
+)
+def test_a_schedule_that_has_no_value_changes_nothing(weight: Any) -> None:
+    pipe = Pipe()
+    stack, base = AdapterStack(pipe), pipe.unet(X)
+    with pytest.raises((ConfigError, ZeroDivisionError)):
+        stack.add(ADAPTERS["a"], weight)
+    assert (len(stack), str(pipe.unet)) == (0, str(Pipe().unet))
+    assert torch.equal(pipe.unet(X), base)
+    stack.add(ADAPTERS["a"], 0.5)
+    ours = pipe.unet(X)
+    for change in (lambda: stack.weigh("a", weight), lambda: stack.swap("a", ADAPTERS["training"], weight)):
+        with pytest.raises((ConfigError, ZeroDivisionError)):
+            change()
+    assert stack.weights == {"a": 0.5}
+    assert torch.equal(pipe.unet(X), ours)
+
+
+@pytest.mark.parametrize("action", ["add", "swap", "remove"])
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_what_fails_half_way_changes_nothing(action: str, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = AdapterStack(pipe := Pipe())
+    for name in ("a", "b"):
+        stack.add(small_adapter(name, 3, ord(name)), 0.5)
+    ours, pack, calls = pipe.unet(X), Slot.pack, list[int]()
+
+    def full(self: Slot, *args: Any, **kwargs: Any) -> None:
+        pack(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == layer:
+            raise MemoryError
+
+    monkeypatch.setattr(Slot, "pack", full)
+    new = small_adapter("c", 4, 9)
+    with pytest.raises(MemoryError):
+        stack.add(new) if action == "add" else stack.swap("a", new) if action == "swap" else stack.remove("a")
+    assert list(stack) == ["a", "b"]
+    assert torch.equal(pipe.unet(X), ours)
+
+
+def test_a_second_stack_leaves_the_first_alone() -> None:
+    first, second = AdapterStack(pipe := Pipe()), AdapterStack(pipe)
+    first.add(ADAPTERS["a"])
+    ours = pipe.unet(X)
+    for take in (lambda: second.add(ADAPTERS["training"]), lambda: second.reserve(4), second.clear):
+        with pytest.raises(TargetError, match="another stack") if take != second.clear else nullcontext():
+            take()
+        assert torch.equal(pipe.unet(X), ours)
+    first.clear()
+    second.add(ADAPTERS["a"])
+    assert torch.equal(pipe.unet(X), ours)
+
+
+def test_files_are_read_inside_and_outside_of_inference_mode(tmp_path: Any) -> None:
+    path = save_adapter(ADAPTERS["a"], tmp_path / "a.safetensors")
+    stack, other = AdapterStack(pipe := Pipe()), AdapterStack(fresh := Pipe())
+    with torch.inference_mode():
+        stack.add(path)
+    stack.weigh("a", 0.3)
+    other.add(path, 0.3)
+    assert torch.equal(pipe.unet(X), fresh.unet(X))
 
 
 def test_a_tensor_written_in_place_is_seen() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.gates.masks import Region
-from lora_diffusion.gates.schedules import Schedule, value_at
+from lora_diffusion.gates.schedules import Schedule, parse_schedule, value_at
 
 Level = float | Schedule | tuple["Level", ...] | Region  # at one layer: number, schedule, by image, by place
 
@@ -59,19 +60,31 @@ class Call:
 
 
 def check_level(level: Any, adapter: str) -> Level:
-    """`level` in its simplest form: full masks dropped, lists as tuples. ConfigError for what is no weight."""
+    """`level` in its simplest form: full masks dropped, lists as tuples. ConfigError for what is no weight.
+
+    A function is asked for its value at the beginning, so that one that has none there is refused here.
+    """
     if isinstance(level, list | tuple):
         if not level:
             raise ConfigError(f"adapter {adapter!r}: an empty list of weights; expected one an image")
+        if any(_is_by_image(one) for one in level):
+            raise ConfigError(f"adapter {adapter!r}: a list of weights within another; expected one weight an image")
         return tuple(check_level(one, adapter) for one in level)
     if isinstance(level, Region):
         inner, cover = check_level(level.weight, adapter), level.uniform()
         return inner if cover == 1 else 0.0 if cover == 0 else level
+    if isinstance(level, str) and "@" in level:
+        return parse_schedule(level)
     if callable(level):
+        value_at(level, 0.0)
         return cast("Schedule", level)
-    if isinstance(level, bool) or not isinstance(level, int | float) or not math.isfinite(level):
+    if isinstance(level, bool) or not isinstance(level, int | float) or not abs(level) <= sys.float_info.max:
         raise ConfigError(f"adapter {adapter!r}: weight {level!r} is not a finite number")
     return float(level)
+
+
+def _is_by_image(level: Any) -> bool:
+    return _is_by_image(level.weight) if isinstance(level, Region) else isinstance(level, list | tuple)
 
 
 def is_live(level: Level) -> bool:

@@ -11,7 +11,6 @@ from lora_diffusion.errors import TargetError, did_you_mean, some
 from lora_diffusion.gates.blocks import known_blocks, layers_of
 from lora_diffusion.gates.levels import Level, check_level
 from lora_diffusion.gates.masks import Region
-from lora_diffusion.gates.schedules import parse_schedule
 
 Weight = float | str | Callable[[float], float] | Region | Sequence[Any] | Mapping[str, Any]
 
@@ -39,13 +38,11 @@ def resolve_weight(weight: object, layers: Mapping[str, Sequence[str]], adapter:
     """
     if isinstance(weight, Mapping):
         return Resolved(0.0, _by_part(weight, layers, adapter))
-    if isinstance(weight, str) and "@" in weight:
-        return Resolved(parse_schedule(weight))
     if isinstance(weight, list | tuple):
         parts = [resolve_weight(one, layers, adapter) for one in weight]
         sites = {site for part in parts for site in part.sites}
         whole = check_level([part.everywhere for part in parts], adapter)
-        return Resolved(whole, {site: tuple(part.at(*site) for part in parts) for site in sites})
+        return Resolved(whole, {site: check_level([part.at(*site) for part in parts], adapter) for site in sites})
     return Resolved(check_level(weight, adapter))
 
 
@@ -54,7 +51,7 @@ def _by_part(
 ) -> dict[tuple[str, str], Level]:
     covered: list[tuple[list[tuple[str, str]], Resolved]] = []
     for key, value in weight.items():
-        component, sites = _sites(key, layers, adapter)
+        component, sites = _sites(str(key), layers, adapter)
         inside = {c: of for c, of in layers.items() if component in (None, c)}
         covered.append((sites, resolve_weight(value, inside, adapter)))
     levels: dict[tuple[str, str], Level] = {}

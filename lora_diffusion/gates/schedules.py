@@ -86,6 +86,10 @@ def parse_schedule(text: str) -> Keyframes | Window:
 def value_at(schedule: Schedule, progress: float) -> float:
     """The schedule's weight. ConfigError where it is not a finite number."""
     value = schedule(progress)
-    if not math.isfinite(value):
-        raise ConfigError(f"schedule {schedule} gives {value} at progress {progress:g}; expected a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"schedule {schedule} gives {value!r} at progress {progress:g}; expected a finite number")
+    return number
