@@ -28,7 +28,7 @@ class Fusion:
 
     def undo(self) -> None:
         """Write the originals back; the gates are whoever's who owns them."""
-        for weight, original in self.kept:
+        for weight, original in reversed(self.kept):  # layers may share a weight
             weight.data.copy_(original)
         self.kept = []
 
@@ -48,18 +48,27 @@ def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
             raise ConfigError(f"fuse: {name} ({type(layer).__name__}) is quantised or offloaded; use it unfused")
         if getattr(layer, "bias", None) is None and any(bias_change(one) is not None for one in shares.values()):
             raise ConfigError(f"fuse: {name} has no bias, and an adapter changes one; use it unfused")
-    kept: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        for layer, slot, shares in awake.values():
-            changed = [(frozen_weight(layer), fused_weight(layer, slot, shares))]
-            if (bias := _fused_bias(layer, slot, shares)) is not None:
-                changed.append(bias)
-            for tensor, new in changed:
-                kept.append((tensor, tensor.detach().to("cpu", copy=True)))
-                tensor.data.copy_(new)
-            slot.gate.zero_()  # compiled code reads the gate alone
-            slot.asleep = True
-    return Fusion(kept)
+    fusion = Fusion([])
+    try:
+        _write(awake, fusion)
+    except BaseException:  # no memory left, say
+        fusion.undo()
+        raise
+    for _, slot, _ in awake.values():
+        slot.gate.zero_()  # compiled code reads the gate alone
+        slot.asleep = True
+    return fusion
+
+
+@torch.no_grad()
+def _write(layers: Mapping[str, tuple[nn.Module, Slot, Shares]], fusion: Fusion) -> None:
+    for layer, slot, shares in layers.values():
+        changed = [(frozen_weight(layer), fused_weight(layer, slot, shares))]
+        if (bias := _fused_bias(layer, slot, shares)) is not None:
+            changed.append(bias)
+        for tensor, new in changed:
+            fusion.kept.append((tensor, tensor.detach().to("cpu", copy=True)))
+            tensor.data.copy_(new)
 
 
 def fused_weight(layer: nn.Module, slot: Slot, shares: Shares) -> Tensor:

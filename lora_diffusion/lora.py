@@ -106,7 +106,8 @@ class Slot(nn.Module):
         before, self.packed, self.views = self.packed, (), ()  # where writing fails, all is written the next time
         with unrecorded():
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
-                held, kind = self._held(name), (dtype, device)
+                old, kind = self._parameters.get(name), (dtype, device)
+                held = None if old is None else old.data
                 packed = repacked(held, shape, kind, before, blocks, lambda i, name=name: pairs[i].rows(name))
                 if held is None or not held.is_set_to(packed):
                     self._parameters[name] = nn.Parameter(packed, requires_grad=trainable and rows > 0)
@@ -212,13 +213,13 @@ class Slot(nn.Module):
         rows = zip(self.entries, kinds, self.weights, strict=True)
         return ", ".join(f"{name!r} {kind} at {weight:g}" for (name, _, _), kind, weight in rows)
 
-    def _held(self, name: str) -> Tensor | None:
-        held = self._parameters.get(name)
-        return None if held is None else held.data
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         self.packed, self.views = (), ()  # moved or cast, perhaps rounded: the next time all is written again
-        return super()._apply(fn, recurse)
+        gate = self._buffers["gate"]
+        super()._apply(fn, recurse)
+        if gate is not None and self.gate.dtype != gate.dtype:
+            self.gate = gate.to(self.gate.device)  # float32 in a model of any precision
+        return self
 
     def _turned(self, out: Tensor) -> list[tuple[Branch, Tensor]]:
         """Every branch that is on, with its number in the gate, shaped to multiply its output."""

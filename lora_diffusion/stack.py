@@ -54,9 +54,12 @@ class AdapterStack:
         """Put empty slots of at least `rank` rows on the target layers, once, before `torch.compile`.
 
         Weights then change, and adapters come and go within the reserve, without a recompilation. `clear` keeps
-        the reserve; `release` gives it up. TargetError for an unknown component or target.
+        the reserve; `release` gives it up. TargetError for an unknown component or target, ConfigError for no rank.
         """
         self._refuse_if_fused()
+        given: Any = rank
+        if not isinstance(given, int) or rank < 1:
+            raise ConfigError(f"reserve: rank is {rank!r}; expected a number of rows, at least 1")
         name = next((n for n in DENOISERS if n in self.components), component) if component == "denoiser" else component
         if name not in self.components:
             raise TargetError(f"no component {name!r}; there are {', '.join(self.components)}")
@@ -67,6 +70,7 @@ class AdapterStack:
 
     def release(self) -> None:
         """Give the reserve up; layers without an adapter are as they were."""
+        self._refuse_if_fused()
         sites, self._seating.reserved = self._seating.reserved, {}
         self._seat(sites)
 

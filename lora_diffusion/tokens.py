@@ -28,8 +28,9 @@ class Vocabulary:
 
     def check(self, embeddings: Embeddings, others: Iterable[Embeddings], adapter: str) -> None:
         """AdapterMismatchError where a token has no text encoder, another width, or is known already."""
-        taken = {token for other in others for token in other}
+        taken = {spelled for other in others for token, of in other.items() for spelled in _all_spelled(token, of)}
         for token, vectors in embeddings.items():
+            spelled = _all_spelled(token, vectors)
             for component, rows in vectors.items():
                 encoder = getattr(self.pipe, component, None)
                 tokenizer = self._kept[component][0] if component in self._kept else self._tokenizer(component)
@@ -41,8 +42,10 @@ class Vocabulary:
                     raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r}: {found}; another model family")
                 if not is_finite(rows):
                     raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r} of {component} is not finite")
-                if token in taken or token in tokenizer.get_vocab():
-                    raise AdapterMismatchError(f"adapter {adapter!r}: token {some([token])} is known already")
+                vocabulary = tokenizer.get_vocab()
+                if known := [one for one in spelled if one in taken or one in vocabulary]:
+                    raise AdapterMismatchError(f"adapter {adapter!r}: token {some(known)} is known already")
+            taken |= set(spelled)
 
     def set(self, all_embeddings: Iterable[Embeddings]) -> None:
         """Have exactly these tokens beside the pipeline's own."""
@@ -59,7 +62,7 @@ class Vocabulary:
         tokenizer, table = self._tokenizer(component), _table(getattr(self.pipe, component))
         self._kept[component] = (tokenizer, table.weight)
         longer = copy.deepcopy(tokenizer)
-        names = [token if i == 0 else f"{token}_{i}" for token, rows in tokens.items() for i in range(len(rows))]
+        names = [name for token, rows in tokens.items() for name in _spelled(token, len(rows))]
         longer.add_tokens(names)
         places = longer.convert_tokens_to_ids(names)
         old = table.weight
@@ -81,6 +84,15 @@ class Vocabulary:
 
     def _tokenizer(self, component: str) -> Any:
         return getattr(self.pipe, _tokenizer_name(component), None)
+
+
+def _spelled(token: str, count: int) -> list[str]:
+    """What a token of `count` vectors is called in a tokenizer, vector by vector."""
+    return [token if i == 0 else f"{token}_{i}" for i in range(count)]
+
+
+def _all_spelled(token: str, vectors: Mapping[str, Tensor]) -> list[str]:
+    return _spelled(token, max(map(len, vectors.values()), default=0))
 
 
 def _tokenizer_name(component: str) -> str:

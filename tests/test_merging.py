@@ -138,8 +138,9 @@ def test_resize_by_rank_energy_and_norm() -> None:
     for layer, rank in by_energy.ranks.items():
         energy = torch.linalg.svdvals(dense(A, layer[1])).square()
         assert rank == 1 or float(energy[: rank - 1].sum() / energy.sum()) < 0.81
-    with pytest.raises(ConfigError):
-        resize(A)
+    for wrong in ({}, {"energy": 0.0}, {"frobenius": -0.5}, {"frobenius": 1.5}, {"energy": 0.9, "frobenius": 0.9}):
+        with pytest.raises(ConfigError, match="resize"):
+            resize(A, **wrong)
 
 
 def test_a_nested_adapter_is_cut_to_its_first_rows() -> None:

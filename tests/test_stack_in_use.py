@@ -94,6 +94,11 @@ def test_tokens_come_and_go_with_the_adapter(sd: Any) -> None:
             stack.add(Adapter("u", {}, {"<fox>": {"text_encoder": vectors}}))
         with pytest.raises(AdapterMismatchError, match="33 wide"):
             stack.add(Adapter("u", {}, {"<b>": {"text_encoder": torch.zeros(1, 33)}}))
+        with pytest.raises(AdapterMismatchError, match="'<fox>_1' is known already"):  # the second vector's name
+            stack.add(Adapter("u", {}, {"<fox>_1": {"text_encoder": vectors}}))
+        one = {"text_encoder": vectors[:1]}
+        with pytest.raises(AdapterMismatchError, match="'<b>_1' is known already"):
+            stack.add(Adapter("u", {}, {"<b>": {"text_encoder": vectors}, "<b>_1": one}))
         assert list(stack) == ["t"]
         stack.swap("t", Adapter("v", {}, {"<fox>": {"text_encoder": 2 * vectors}}))  # its own token may come again
         assert torch.equal(sd.text_encoder.get_input_embeddings().weight[ids], 2 * vectors)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diffusion import AdapterStack, save_adapter
+from lora_diffusion import AdapterStack, fusing, save_adapter
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, LoraDiffusionError, TargetError
 from lora_diffusion.lora import Slot
 from lora_diffusion.quantize import fingerprint
@@ -228,6 +228,57 @@ def test_what_fails_half_way_changes_nothing(action: str, layer: int, monkeypatc
         stack.add(new) if action == "add" else stack.swap("a", new) if action == "swap" else stack.remove("a")
     assert list(stack) == ["a", "b"]
     assert torch.equal(pipe.unet(X), ours)
+
+
+def test_fusing_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = AdapterStack(pipe := Pipe())
+    stack.add(ADAPTERS["a"], 0.5)
+    before, ours, write, calls = fingerprint(pipe.unet), pipe.unet(X), fusing.fused_weight, list[int]()
+
+    def full(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return write(*args)
+
+    monkeypatch.setattr(fusing, "fused_weight", full)
+    with pytest.raises(MemoryError):
+        stack.fuse()
+    assert fingerprint(pipe.unet) == before
+    assert torch.equal(pipe.unet(X), ours)
+    stack.fuse()
+    stack.unfuse()
+    assert fingerprint(pipe.unet) == before
+
+
+def test_a_fused_stack_keeps_its_reserve() -> None:
+    stack = AdapterStack(pipe := Pipe())
+    stack.reserve(4, "all-linear+conv")
+    stack.add(ADAPTERS["a"], 0.5)
+    stack.fuse()
+    ours = pipe.unet(X)
+    with pytest.raises(ConfigError, match="unfuse"):
+        stack.release()
+    assert all(not slot.gate.any() for slot in stack.slots["unet"].values())
+    assert torch.equal(pipe.unet(X), ours)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, "8"])
+def test_a_reserve_is_a_number_of_rows(rank: Any) -> None:
+    stack = AdapterStack(pipe := Pipe())
+    with pytest.raises(ConfigError, match="at least 1"):
+        stack.reserve(rank)
+    assert str(pipe.unet) == str(Small())
+
+
+def test_a_model_that_is_cast_later_computes_what_one_cast_before_does() -> None:
+    late, early = Pipe(), Pipe()
+    early.unet.bfloat16()
+    for pipe in (late, early):
+        AdapterStack(pipe).add(ADAPTERS["a"], 0.8123)
+    late.unet.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(late.unet(X.bfloat16()), early.unet(X.bfloat16()))
 
 
 def test_a_second_stack_leaves_the_first_alone() -> None:

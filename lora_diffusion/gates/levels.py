@@ -76,8 +76,9 @@ def check_level(level: Any, adapter: str) -> Level:
     if isinstance(level, str) and "@" in level:
         return parse_schedule(level)
     if callable(level):
-        value_at(level, 0.0)
-        return cast("Schedule", level)
+        schedule = cast("Schedule", level)
+        value_at(schedule, 0.0)
+        return schedule
     if isinstance(level, bool) or not isinstance(level, int | float) or not abs(level) <= sys.float_info.max:
         raise ConfigError(f"adapter {adapter!r}: weight {level!r} is not a finite number")
     return float(level)

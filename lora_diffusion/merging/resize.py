@@ -5,6 +5,7 @@ Other methods' changes, taken of the base model's layers, become low-rank pairs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,8 +46,10 @@ def resize(
     for: methods other than low-rank pairs need it. ConfigError for settings that cannot be and for a changed bias,
     which no pair can hold; AdapterMismatchError where a layer is not the base's.
     """
+    if energy is not None and frobenius is not None:
+        raise ConfigError(f"resize: energy {energy} and frobenius {frobenius}; expected one of them")
     if frobenius is not None:
-        energy = frobenius**2
+        energy = math.copysign(frobenius**2, frobenius)
     if (rank is None and energy is None) or (rank is not None and rank < 1):
         raise ConfigError(f"resize: rank is {rank}; expected a rank of at least 1, an energy or a Frobenius share")
     if energy is not None and not 0 < energy <= 1:

@@ -100,9 +100,7 @@ def shares_of(
             where = f"adapter {adapter.name!r}: {component} {name}"
             number, key = levels.at(component, name), (component, same_layer(name))
             if not isinstance(number, float | int):
-                raise ConfigError(
-                    f"{where}: weight {number!r} changes by step, image or place; a file holds one number"
-                )
+                raise ConfigError(f"{where}: weight {number} changes by step, image or place; a file holds one number")
             share, others = Share(where, layer, live, float(number)), found.setdefault(key, [])
             if live is None:  # else both fit the base's layer
                 _check_alone(share, others)
