@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="Adapter or embedding files, or PEFT folders.")],
     base: Annotated[
-        str | None, typer.Option("--base", "-b", help="Pipeline folder: also say where every layer goes on it.")
+        str | None,
+        typer.Option(
+            "--base",
+            "-b",
+            help="Pipeline folder: also say where layers go on it, and how strong DoRA, OFT … are.",
+        ),
     ] = None,
     header: Annotated[
         bool, typer.Option("--header", help="Names, shapes and metadata alone: at once, whatever the size.")
@@ -76,9 +81,11 @@ def _plain(value: object) -> str:
 
 
 def _whole(file: Path, base: str | None) -> tuple[dict[str, Any], bool]:
+    from lora_diffusion.fitting import fit
     from lora_diffusion.formats.files import load_adapter
     from lora_diffusion.inspection.coverage import cover
-    from lora_diffusion.inspection.spectra import spectra
+    from lora_diffusion.inspection.spectra import leaning, spectra
+    from lora_diffusion.inspection.weights import read_weights
 
     adapter = load_adapter(file, strict=False)
     models = None
@@ -86,7 +93,8 @@ def _whole(file: Path, base: str | None) -> tuple[dict[str, Any], bool]:
         from lora_diffusion.families.skeletons import skeleton_of
 
         models = skeleton_of(base)
-    report, strengths = cover(adapter, models), spectra(adapter)
+        read_weights(models, base, fit(leaning(adapter), models, finite=True).layers)
+    report, strengths = cover(adapter, models), spectra(adapter, models)
     found = json.loads(report.to_json()) | {"spectra": [vars(row) for row in strengths]}
     return found | {"shown": _tables(report, strengths)}, report.complete
 
