@@ -59,6 +59,30 @@ def test_inspect_reads_the_weights_that_a_strength_depends_on(tmp_path: Path):
     assert json.loads(run("inspect", path, "--json")[1])["spectra"] == []
 
 
+def test_what_a_file_says_steers_neither_the_table_nor_the_terminal(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    tensors = {"unet.[/b].x.lora_A.weight": torch.ones(2, 4), "unet.[/b].x.lora_B.weight": torch.ones(4, 2)}
+    tensors |= {"[/i]": torch.ones(1), "unet.[red]\x1b[2Jq": torch.ones(1), "<[/u]>": torch.ones(1, 8)}
+    said = {"modelspec.trigger_phrase": "[red] \x1b[31m dog", "ss_network_module": "[/x]"}
+    save_file(tensors, tmp_path / "[red].safetensors", metadata=said)
+    for how in ([], ["--header"]):
+        code, shown = run("inspect", tmp_path / "[red].safetensors", *how)
+        assert code == (0 if how else 1)
+        assert "\x1b[2J" not in shown
+        assert "\x1b[31m" not in shown
+        assert all(word in shown for word in ("[/i]", "[red] \\x1b[31m dog", "[/x]"))
+
+
+def test_the_block_table_fits_eighty_columns(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("inspect", file)[1]
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["block", "layers", "method", "rank", "alpha", "(from)", "parameters"] in lines
+    assert "…" not in shown
+    assert ["unet"] in lines
+
+
 def test_inspect_goes_on_after_a_broken_file_and_ends_with_two(file: Path, tmp_path: Path):
     (tmp_path / "b.safetensors").write_bytes(b"<html>")
     code, said = run("inspect", tmp_path / "b.safetensors", file, "--json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lora_diffusion.errors import AdapterFileError, LoraDiffusionError
+from lora_diffusion.errors import AdapterFileError, LoraDiffusionError, printable
 
 if TYPE_CHECKING:
     from lora_diffusion.inspection.coverage import CoverageReport
@@ -65,7 +65,7 @@ def _show(found: dict[str, Any], file: Path, as_json: bool) -> None:
         return
     if shown is None:
         width = max(map(len, found))
-        print("\n".join([str(file), *(f"  {key:{width}}  {_plain(value)}" for key, value in found.items())]))
+        print("\n".join([str(file), *(f"  {key:{width}}  {printable(_plain(value))}" for key, value in found.items())]))
         return
     from rich.console import Console
 
@@ -100,11 +100,16 @@ def _whole(file: Path, base: str | None) -> tuple[dict[str, Any], bool]:
 
 
 def _tables(report: CoverageReport, strengths: list[Spectrum]) -> list[Any]:
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table("component", "block", "‖ΔW‖", "effective rank", title="strength", title_justify="left")
+    from lora_diffusion.inspection.coverage import bare_table
+
+    table, component = bare_table("block", "‖ΔW‖", "effective rank", title="strength"), ""
     for row in strengths:
-        table.add_row(row.component, row.block, f"{row.norm:.3g}", f"{row.effective_rank:.1f}")
+        if row.component != component:
+            component = row.component
+            table.add_row(Text(component, style="bold"))
+        table.add_row(Text(f"  {printable(row.block)}"), f"{row.norm:.3g}", f"{row.effective_rank:.1f}")
     return [report, *([table] if strengths else [])]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.fitting import fit
-from lora_diffusion.inspection.blocks import block_of
+from lora_diffusion.inspection.blocks import block_of, in_order
 from lora_diffusion.layers import frozen_weight, submodule
 from lora_diffusion.methods import METHODS, is_dense
 from lora_diffusion.methods.loha import tucker
@@ -124,9 +124,12 @@ def spectra(adapter: Adapter, models: Mapping[str, nn.Module] | None = None) -> 
     for (component, name), layer, live in _on_weights(adapter, models or {}):
         strength = _dense(layer, live)
         groups.setdefault((component, block_of(name)), []).append(strength)
+    order = list(dict.fromkeys(component for component, _ in groups))
     return [
         Spectrum(component, block, math.hypot(*(one.norm for one in found)), _median_rank(found), len(found))
-        for (component, block), found in groups.items()
+        for (component, block), found in sorted(
+            groups.items(), key=lambda group: (order.index(group[0][0]), in_order(group[0][1]))
+        )
     ]
 
 
