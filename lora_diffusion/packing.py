@@ -76,6 +76,13 @@ def repacked(
     return packed
 
 
+def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """(rows, what goes there) for many layers, as one operation."""
+    if writes:
+        rows, sources = [rows for rows, _ in writes], [source for _, source in writes]
+        torch._foreach_copy_(rows, sources)  # pyright: ignore[reportPrivateUsage], torch's optimisers are made of it
+
+
 @contextmanager
 def unrecorded() -> Generator[None]:
     """Ordinary tensors, made without gradients; costs little where that is so already, as it is around many slots."""
@@ -108,9 +115,17 @@ def _moved(
                 room[to : to + rows] = held[start : start + rows]
     else:
         for start, to, rows in kept:
-            if start != to:
-                room[to : to + rows] = room[start : start + rows].clone()  # they may overlap
+            _shift(room, start, to, rows)
     return room[: shape[0]]
+
+
+def _shift(room: Tensor, start: int, to: int, rows: int) -> None:
+    """Move rows within a tensor, in pieces that do not overlap with their place: no second copy of them is made."""
+    step = abs(to - start)
+    pieces = range(0, rows, step) if step else ()
+    for first in pieces if to < start else reversed(pieces):
+        last = min(first + step, rows)
+        room[to + first : to + last] = room[start + first : start + last]
 
 
 def _room(held: Tensor, rows: int, *, ours: bool) -> Tensor | None:

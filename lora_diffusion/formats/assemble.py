@@ -35,6 +35,8 @@ _WHOLE: dict[str, tuple[frozenset[str], ...]] = {
     "oft": (frozenset({"blocks"}), frozenset({"diag"}), frozenset({"R"})),
     "vera": (frozenset({"d", "b", "projection"}),),
     "bottleneck": (frozenset({"down", "down_bias", "up", "up_bias"}),),
+    "tlora": (frozenset({"down", "sigma", "up"}),),
+    "prefix": (frozenset({"k", "v"}),),
     "glora": (frozenset({"a1", "a2", "b1", "b2"}),),
     "full": (frozenset({"diff"}), frozenset({"diff_b"})),
     "norm": (frozenset({"w_norm"}), frozenset({"b_norm"})),
@@ -50,6 +52,7 @@ _RANK: dict[str, tuple[tuple[str, int], ...]] = {
     "lokr": (("w2_b", 0), ("w1_b", 0)),
     "glora": (("a2", 0),),
     "bottleneck": (("down", 0),),
+    "tlora": (("down", 0),),
 }
 _WHOLE_NUMBERS = ("on_input", "shape", "projection")
 

@@ -44,6 +44,11 @@ PARTS: dict[str, tuple[str, str]] = {
     "vera_lambda_b": ("vera", "b"),
     "vera_projection": ("vera", "projection"),
     "bm.weight": ("glora", "bm"),
+    "q_layer.weight": ("tlora", "down"),
+    "lambda_layer": ("tlora", "sigma"),
+    "p_layer.weight": ("tlora", "up"),
+    "prefix_k": ("prefix", "k"),
+    "prefix_v": ("prefix", "v"),
     **{
         f"adapter_{side}.{key}": ("bottleneck", f"{side}{end}") for side in ("down", "up") for key, end in _ENDS.items()
     },

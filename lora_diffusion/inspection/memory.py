@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.attachment import attach
 from lora_diffusion.errors import ConfigError
@@ -31,6 +32,7 @@ from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loop import turn_on_checkpointing
 from lora_diffusion.training.objective import losses, objective_for
 from lora_diffusion.training.optimizers import optimizer_bytes
+from lora_diffusion.training.words import encoders_for_words
 
 __all__ = ["Cost", "MemoryPlan", "plan_memory", "ways_to_fit"]
 
@@ -179,13 +181,16 @@ class _Stage:
 
     @contextmanager
     def _encoders_in_training(self, config: TrainConfig | None) -> Generator[list[nn.Parameter]]:
-        """Slots on the text encoders that are trained, for the while; their parameters."""
+        """Slots on the text encoders that are trained and vectors of new tokens, for the while; their parameters."""
         attachments = encoders_for(config, self.pipe, self.family) if config else []
+        vectors, hooks = _vectors(config, self.pipe, self.family) if config else ([], [])
         for slot in (slot for attachment in attachments for slot in attachment.slots.values()):
             slot.to("meta").train()
         try:
-            yield [parameter for attachment in attachments for parameter in attachment.parameters()]
+            yield [*vectors, *(parameter for attachment in attachments for parameter in attachment.parameters())]
         finally:
+            for hook in hooks:
+                hook.remove()
             for attachment in attachments:
                 attachment.detach()
 
@@ -222,11 +227,25 @@ class _Stage:
 def _adapter(denoiser: nn.Module, config: TrainConfig, family: Family) -> list[nn.Parameter]:
     """Fresh slots on the denoiser, as training puts them; their parameters."""
     given = config.adapter
+    if given.targets == []:
+        return []
     method = new_method(given.method, given.settings, rank=given.rank, alpha=given.alpha, rslora=given.rslora)
     attachment = attach(denoiser, method, given.targets, component=family.denoiser, dropout=given.dropout)
     for slot in attachment.slots.values():
         slot.to("meta").train()
     return attachment.parameters()
+
+
+def _vectors(config: TrainConfig, pipe: Any, family: Family) -> tuple[list[nn.Parameter], list[RemovableHandle]]:
+    """New tokens' vectors in the embeddings of text encoders, and the hooks by which they take part."""
+    made, hooks = list[nn.Parameter](), list[RemovableHandle]()
+    count = len(config.text.tokens) * config.text.token_vectors
+    for name in encoders_for_words(pipe, family.text_encoders) if count else ():
+        table: Any = getattr(pipe, name).get_input_embeddings()
+        rows = nn.Parameter(torch.empty(count, table.weight.shape[1], device="meta"))
+        hooks.append(table.register_forward_hook(lambda _, args, out, rows=rows: out + rows.sum(0).to(out.dtype)))
+        made.append(rows)
+    return made, hooks
 
 
 def _largest(config: TrainConfig) -> int:
