@@ -24,10 +24,11 @@ from lora_diffusion.branches import Branch
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, some
 from lora_diffusion.gates.fading import Fading
-from lora_diffusion.lora import Pair, Part, Slot, place, slot_of, take_off
+from lora_diffusion.lora import Part, Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, Course, Method, resumed, written
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.methods.starts import StartBranch, difference, first_half
+from lora_diffusion.pairs import Pair
 from lora_diffusion.products import pair_norm
 from lora_diffusion.targets import Targets, find_targets
 
@@ -93,11 +94,9 @@ class Attachment:
 
     def at(self, noise: Tensor) -> None:
         """Tell what fades the noise of each picture of the next call: (batch,), from 0 for none to 1."""
-        if self.fading is None:
-            return
-        for branch in (branch for slot in self.slots.values() for branch in slot.branches):
-            if fade := getattr(branch, "fade", None):
-                fade(self.fading, noise)
+        branches = [branch for slot in self.slots.values() for branch in slot.branches] if self.fading else []
+        for fade in (branch.fade for branch in branches if hasattr(branch, "fade")):
+            fade(self.fading, noise)
 
     def weigh(self, weight: float) -> None:
         """Turn what is being trained to another strength; 0 makes the model its own frozen teacher."""

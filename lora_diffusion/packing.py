@@ -72,6 +72,15 @@ def repacked(
     return packed
 
 
+def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """(rows, what goes there) for many layers, as one operation."""
+    if writes:
+        with torch.no_grad():
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateUsage], of which torch's optimisers are made
+                [rows for rows, _ in writes], [source for _, source in writes]
+            )
+
+
 def _moved(
     held: Tensor | None, shape: tuple[int, ...], kind: tuple[torch.dtype, torch.device], kept: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -84,9 +93,17 @@ def _moved(
                 room[to : to + rows] = held[start : start + rows]
     else:
         for start, to, rows in kept:
-            if start != to:
-                room[to : to + rows] = room[start : start + rows].clone()  # they may overlap
+            _shift(room, start, to, rows)
     return room[: shape[0]]
+
+
+def _shift(room: Tensor, start: int, to: int, rows: int) -> None:
+    """Move rows within a tensor, in pieces that do not overlap with their place: no second copy of them is made."""
+    step = abs(to - start)
+    pieces = range(0, rows, step) if step else ()
+    for first in pieces if to < start else reversed(pieces):
+        last = min(first + step, rows)
+        room[to + first : to + last] = room[start + first : start + last]
 
 
 def _room(held: Tensor, rows: int, *, ours: bool) -> Tensor | None:
