@@ -95,7 +95,7 @@ class Attachment:
     def at(self, noise: Tensor) -> None:
         """Tell what fades the noise of each picture of the next call: (batch,), from 0 for none to 1."""
         branches = [branch for slot in self.slots.values() for branch in slot.branches] if self.fading else []
-        for fade in (branch.fade for branch in branches if hasattr(branch, "fade")):
+        for fade in filter(None, (getattr(branch, "fade", None) for branch in branches)):
             fade(self.fading, noise)
 
     def weigh(self, weight: float) -> None:
