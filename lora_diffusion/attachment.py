@@ -69,10 +69,8 @@ class Attachment:
         others = [p for name, p in self.named_parameters() if not name.endswith(".up")]
         if up_ratio == 1.0 or not ups:
             return [{"params": self.parameters(), "lr": lr, "ratio": 1.0}]
-        return [
-            {"params": others, "lr": lr, "ratio": 1.0},
-            {"params": ups, "lr": lr * up_ratio, "ratio": up_ratio},
-        ]
+        faster = {"params": ups, "lr": lr * up_ratio, "ratio": up_ratio}
+        return [{"params": others, "lr": lr, "ratio": 1.0}, faster]
 
     def begin(self, method: Method, steps: int) -> None:
         """Set `course`, what the method does beside the optimiser in a run of `steps`; most do nothing."""

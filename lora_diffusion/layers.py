@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ def is_attention(layer: nn.Module) -> bool:
 
 def core(layer: nn.Module) -> nn.Module:
     """The layer whose weight says device and precision: the queries' of an attention, else the layer itself."""
-    return cast("nn.Module", layer.to_q) if is_attention(layer) else layer
+    query = layer._modules.get("to_q")  # a search through attributes would take longer
+    return query if query is not None and is_attention(layer) else layer
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:

@@ -34,16 +34,17 @@ from torch.utils.hooks import RemovableHandle
 from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
-from lora_diffusion.packing import Block, repacked
+from lora_diffusion.packing import Block, repacked, unrecorded
 from lora_diffusion.pairs import Pair
 from lora_diffusion.products import LowRank, add_convolution, add_linear, over_pixels
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
-_PLAIN = {
-    *("asleep", "convolution", "entries", "first", "hooks", "kept", "live"),
-    *("numbers", "packed", "pairs", "reserve", "rows", "views"),
-}
+_PLAIN = frozenset(
+    "asleep convolution entries first hooks kept live numbers packed pairs reserve rows views".split()  # noqa: SIM905
+)
+
+
 Part = Pair | Branch
 
 
@@ -77,7 +78,7 @@ class Slot(nn.Module):
         self.convolution = convolution_arguments(layer)
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
         self.reserve = reserve  # rows held at least, so that swapping within them changes no shape
-        self.branches = ()
+        vars(self)["branches"] = ()
         self.register_buffer("gate", None, persistent=False)
         self.pack(layer, parts, trainable=trainable)
         if gated:
@@ -101,10 +102,8 @@ class Slot(nn.Module):
         pairs = [part for part in parts if isinstance(part, Pair)]
         blocks = [pair.block for pair in pairs]
         rows = max(sum(rank for _, rank in blocks), self.reserve)
-        kernel, width = (
-            (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)
-        )  # of norms and attentions: no rows
-        with torch.inference_mode(mode=False), torch.no_grad():
+        kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # norms, attentions: no rows
+        with unrecorded():
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 held, kind = self._held(name), (dtype, device)
                 packed = repacked(held, shape, kind, self.packed, blocks, lambda i, name=name: pairs[i].rows(name))

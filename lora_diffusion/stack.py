@@ -9,7 +9,7 @@ with AdapterStack(pipe) as stack:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from lora_diffusion.dial import Dial
 from lora_diffusion.errors import ConfigError, TargetError, did_you_mean
 from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
-from lora_diffusion.gates import Weight, resolve_weight
+from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import submodule
 from lora_diffusion.lora import Slot
@@ -101,11 +101,10 @@ class AdapterStack:
         """
         gone = self._stacked[self._known(old)]
         new = self._checked(adapter, gone.weight if weight is None else weight, name, strict=strict, without=old)
-        kept = {name: new if name == old else stacked for name, stacked in self._stacked.items()}
-        self._stacked = {stacked.name: stacked for stacked in kept.values()}
+        kept = [new if name == old else stacked for name, stacked in self._stacked.items()]
+        self._stacked = {stacked.name: stacked for stacked in kept}
         self._seat(gone.layers | new.layers)
-        if gone.adapter.embeddings or new.adapter.embeddings:
-            self._vocabulary.set(stacked.adapter.embeddings for stacked in self._stacked.values())
+        self._retoken(gone.adapter if gone.adapter.embeddings else new.adapter)
         return new.name
 
     def remove(self, name: str) -> None:
@@ -118,9 +117,7 @@ class AdapterStack:
     def clear(self) -> None:
         """Take everything off; the pipeline is bit-identical to what it was."""
         self.unfuse()
-        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
-        self._stacked.clear()
-        self._seat(sites)
+        self._empty()
         self._vocabulary.set([])
 
     def weigh(self, name: str, weight: Weight) -> None:
@@ -130,7 +127,7 @@ class AdapterStack:
     def weigh_all(self, weights: Mapping[str, Weight]) -> None:
         """Turn several adapters at once (name -> weight), or none of them."""
         self._refuse_if_fused()
-        resolved = {name: resolve_weight(w, self._layers, self._known(name)) for name, w in weights.items()}
+        resolved = {name: self._resolve(w, self._known(name)) for name, w in weights.items()}
         for name, weight in weights.items():
             self._stacked[name].weight, self._stacked[name].resolved = weight, resolved[name]
         for dial in self._dials.values():
@@ -144,7 +141,8 @@ class AdapterStack:
         """
         self._refuse_if_fused()
         self.composition = Composition(mode, every, balance)
-        self._seating.bind(self.components, list(self._stacked.values()), self.composition)
+        for component, dial in self._dials.items():
+            self._seating.bind(component, dial.slots, list(self._stacked.values()), self.composition)
 
     def fuse(self) -> None:
         """Write the weighted sum into the weights: no cost a call. The originals are kept for `unfuse`.
@@ -158,12 +156,8 @@ class AdapterStack:
             raise ConfigError("fuse: a weight changes by step, image or place, and a fused one cannot; weigh first")
         self._fusion = fuse(
             {
-                f"{component}.{name}": (
-                    submodule(self.components[component], name),
-                    slot,
-                    self.shares(component, name),
-                )
-                for component, dial in self._dials.items()
+                f"{c}.{name}": (submodule(self.components[c], name), slot, self.shares(c, name))
+                for c, dial in self._dials.items()
                 for name, slot in dial.slots.items()
             }
         )
@@ -180,9 +174,7 @@ class AdapterStack:
         """Write the weighted sum into the weights for good and take the adapters off; their tokens stay."""
         self.fuse()
         self._fusion = None
-        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
-        self._stacked.clear()
-        self._seat(sites)
+        self._empty()
         self.release()
 
     @property
@@ -192,8 +184,8 @@ class AdapterStack:
 
     def shares(self, component: str, layer: str) -> dict[str, LayerAdapter]:
         """adapter -> its share of one layer."""
-        site = (component, layer)
-        return {name: stacked.layers[site] for name, stacked in self._stacked.items() if site in stacked.layers}
+        found = ((name, stacked.layers.get((component, layer))) for name, stacked in self._stacked.items())
+        return {name: share for name, share in found if share is not None}
 
     def content_hash(self, name: str) -> str:
         """The content hash of an adapter on the stack, as it was when it came."""
@@ -251,11 +243,10 @@ class AdapterStack:
         self._refuse_if_fused()
         adapter = self.residents.read(adapter, strict=strict)
         name = adapter.name if name is None else name
-        others = [stacked for stacked in self._stacked.values() if stacked.name != without]
+        others = [stacked for key, stacked in self._stacked.items() if key != without]
         if any(stacked.name == name for stacked in others):
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
-        resolved = resolve_weight(weight, self._layers, name)
-        met = self.residents.meet(adapter)
+        resolved, met = self._resolve(weight, name), self.residents.meet(adapter)
         found = met.plan
         found.check(adapter, self.components) if strict else found.check_any(adapter)
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in others), name)
@@ -274,8 +265,17 @@ class AdapterStack:
             for component, model in self.components.items()
         }
 
-    def _seat(self, sites: Iterable[Site]) -> None:
+    def _seat(self, sites: Collection[Site]) -> None:
         self._seating.seat(sites, list(self._stacked.values()), self.composition)
+
+    def _resolve(self, weight: Weight, name: str) -> Resolved:
+        by_name = isinstance(weight, Mapping | list | tuple)  # only then do the layers' names matter
+        return resolve_weight(weight, self._layers if by_name else {}, name)
+
+    def _empty(self) -> None:
+        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
+        self._stacked.clear()
+        self._seat(sites)
 
     def _retoken(self, adapter: Adapter) -> None:
         if adapter.embeddings:

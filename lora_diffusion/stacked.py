@@ -12,7 +12,7 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.fitting import Fit, Site
 from lora_diffusion.gates import Resolved, Weight
 from lora_diffusion.gates.fading import Fading
-from lora_diffusion.lora import Part
+from lora_diffusion.lora import Part, Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, is_dense
 from lora_diffusion.pairs import Pair
 from lora_diffusion.products import pair_norm
@@ -65,6 +65,23 @@ class Stacked:
                 adapter = self.layers[site]
                 self.norms[site] = float(METHODS[adapter.method].delta(adapter, layer).double().norm())
         return self.norms[site]
+
+
+def settled(layer: nn.Module, parts: Sequence[Part], reserve: int) -> Slot | None:
+    """The layer's slot with these parts and a reserve, put on, written anew or taken off as that asks for."""
+    slot = slot_of(layer)
+    if slot is not None and (hasattr(slot, "_hf_hook") or not (parts or reserve)):
+        take_off(layer)  # accelerate would bring the rows it knows back
+        slot = None
+    if not parts and not reserve:
+        return None
+    if slot is None:
+        slot = Slot(layer, parts, reserve=reserve, gated=False)
+        place(layer, slot)
+    else:
+        slot.reserve = reserve
+        slot.pack(layer, parts)
+    return slot
 
 
 def balance(

@@ -153,9 +153,9 @@ def split(key: str) -> Key | None:
         for pattern, replacement in _REWRITES:
             key = pattern.sub(replacement, key)
     words = key.split(".")
-    for count in (3, 2, 1):
+    for count in range(min(3, len(words) - 1), 0, -1):
         found = PARTS.get(".".join(words[-count:]))
-        if found and len(words) > count:
+        if found:
             component, layer = _component(".".join(words[:-count]))
             return Key(component, layer, *found) if layer else None
     return None
