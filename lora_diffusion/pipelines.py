@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,15 @@ from PIL import Image
 from lora_diffusion.adapter import DENOISERS
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import FAMILIES
-from lora_diffusion.quantize import Precision, QuantizationReport, WeightFiles, empty_model, quantize
+from lora_diffusion.quantize import (
+    Precision,
+    QuantizationReport,
+    WeightFiles,
+    check_weights,
+    empty_encoder,
+    empty_model,
+    quantize,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,14 +69,15 @@ def load_pipeline(
 
     Precision is "fp32", "bf16", "fp16", "int8" or "nf4". A denoiser to be quantised is read layer by layer from the
     folder, so that memory never holds more of it than the quantised model and one layer (one from the hub's cache is
-    loaded whole first). Its family says which layers stay in 16 bits besides the usual. `text_encoders` are quantised
-    layer by layer on their way to the device, if they are to be. ConfigError where the base cannot be opened, the
+    loaded whole first). Its family says which layers stay in 16 bits besides the usual. `text_encoders` that are to be
+    quantised are read in the same way. ConfigError where the base cannot be opened, the
     device is absent or bitsandbytes is missing.
     """
     place = pick_device(device)
     dtype = DTYPES[precision] if precision in DTYPES and compute == "auto" else pick_dtype(compute, place)
     empty = {} if precision in DTYPES else _empty_denoiser(base)
-    pipe = _open(base, dtype, **empty)
+    encoders = {} if text_encoders is None or text_encoders in DTYPES else _empty_encoders(base)
+    pipe = _open(base, dtype, **empty, **encoders)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -79,18 +88,29 @@ def load_pipeline(
             denoiser_of(pipe), precision, compute_dtype=dtype, device=place, keep=_kept(pipe), weights=weights
         )
     if text_encoders is not None:
-        quantize_encoders(pipe, text_encoders, dtype, place)
+        read = {name: WeightFiles(Path(base).expanduser() / name) for name in encoders}
+        quantize_encoders(pipe, text_encoders, dtype, place, read)
     pipe.to(place)
     pipe.set_progress_bar_config(disable=True)
     return Opened(pipe, place, dtype, report)
 
 
-def quantize_encoders(pipe: Any, precision: Precision, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Quantise and freeze the text encoders of a pipeline, moving each layer to `device` on the way."""
+def quantize_encoders(
+    pipe: Any,
+    precision: Precision,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    weights: Mapping[str, WeightFiles] | None = None,
+) -> None:
+    """Quantise and freeze the text encoders of a pipeline, moving each layer to `device` on the way.
+
+    Those named in `weights` are empty and are read from there.
+    """
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and isinstance(part, torch.nn.Module):
             kept = sorted({inner for inner, _ in part.named_modules() if inner.endswith(".wo")})
-            quantize(part, precision, compute_dtype=dtype, device=device, keep=kept)  # T5 casts to the dtype of `wo`
+            read = (weights or {}).get(name)  # T5 casts to the dtype of `wo`, which is therefore kept
+            quantize(part, precision, compute_dtype=dtype, device=device, keep=kept, weights=read)
 
 
 def load_for_drawing(base: str | Path, precision: Precision | None, device: str) -> Opened:
@@ -127,16 +147,43 @@ def _empty_denoiser(base: str | Path) -> dict[str, torch.nn.Module]:
     import diffusers
 
     folder = Path(base).expanduser()
+    components = _components(folder)
     try:
-        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text("utf-8"))
         for name in DENOISERS:
-            library, kind = index.get(name) or (None, None)
-            if library == "diffusers" and kind is not None:
+            library, kind = components.get(name, ("", ""))
+            if library == "diffusers":
                 with quiet():
                     return {name: empty_model(getattr(diffusers, kind), folder / name)}
     except (OSError, ValueError, TypeError, AttributeError):
         pass
     return {}
+
+
+def _empty_encoders(base: str | Path) -> dict[str, torch.nn.Module]:
+    """Text encoders without weights, of those whose files have the names of the model.
+
+    The others (Qwen2.5-VL's names are changed while loading) are left to Transformers, which loads them whole.
+    """
+    folder, found = Path(base).expanduser(), dict[str, torch.nn.Module]()
+    for name, (library, kind) in _components(folder).items():
+        if name.startswith("text_encoder") and library == "transformers":
+            try:
+                model = empty_encoder(kind, folder / name)
+                check_weights(model, WeightFiles(folder / name))
+            except (ConfigError, OSError, ValueError, TypeError, AttributeError):
+                continue
+            found[name] = model
+    return found
+
+
+def _components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Component -> (library, class) of a pipeline folder; nothing for what is none."""
+    try:
+        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text("utf-8"))
+        pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {name: (library, kind) for name, (library, kind) in pairs.items() if isinstance(kind, str)}
 
 
 def _kept(pipe: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import typer
 from lora_diffusion.cli.bake import bake
 from lora_diffusion.cli.conflicts import conflicts
 from lora_diffusion.cli.convert import convert
+from lora_diffusion.cli.doctor import doctor
 from lora_diffusion.cli.extract import extract
 from lora_diffusion.cli.generate import generate
 from lora_diffusion.cli.grid import grid
@@ -63,7 +64,8 @@ def run(*commands: Callable[..., None]) -> None:
 
 def main() -> None:
     """Entry point of `lora-diffusion`."""
-    run(quickstart, plan, train, generate, grid, merge, resize, extract, bake, conflicts, inspect, convert, methods)
+    of_training = (quickstart, plan, train, doctor)
+    run(*of_training, generate, grid, merge, resize, extract, bake, conflicts, inspect, convert, methods)
 
 
 if __name__ == "__main__":

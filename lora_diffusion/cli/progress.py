@@ -95,7 +95,7 @@ class TrainingBars(StageBars):
             self.smooth = 0.95 * self.smooth + 0.05 * step.loss
             seconds = time.monotonic() - self.started
             speed = f" · {(step.done - self.first) / seconds:.2f} steps/s" if step.done > self.first else ""
-            note = f"loss {self.smooth:.4f}{speed}"
+            note = f"loss {self.smooth:.4f} · rate {step.rate:.1e}{speed}"
         self.show(STAGES[step.stage], step.done, step.total, note)
 
 
@@ -114,17 +114,11 @@ def show_training(config: TrainConfig) -> TrainResult:
         raise typer.Exit(130)
     say(
         f"{result.adapter}: {result.parameters:,} parameters, {_size(result.adapter)}; "
-        f"held-out loss {_heldout(result, '->')}; {unchanged}"
+        f"held-out loss {result.heldout}; {unchanged}"
     )
     report, verdict = write_report(config, result)
     say(f"{verdict}\n{report}")
     return result
-
-
-def _heldout(result: TrainResult, arrow: str) -> str:
-    if math.isnan(result.heldout_base):
-        return "not measured: nothing is held out"
-    return f"{result.heldout_base:.4f} {arrow} {result.heldout_adapter:.4f}"
 
 
 def show_quickstart(plan: Plan) -> None:
@@ -145,7 +139,7 @@ def _summary(plan: Plan, result: TrainResult, shown: Shown, training: float) -> 
     table.add_row(f"training ({plan.config.backbone.precision})", f"{training:.0f} s ({steps})")
     for stage, seconds in shown.seconds.items():
         table.add_row(stage, f"{seconds:.0f} s")
-    table.add_row("held-out loss, base → adapter", _heldout(result, "→"))
+    table.add_row("held-out loss, base → adapter", result.heldout)
     score = f"{shown.score_before:.2f} → {shown.score_after:.2f} (0: the base's own look, 1: the pack's)"
     table.add_row(f"style score on {shown.scored} things not in the pack", score)
     table.add_row("backbone", "no byte changed" if result.backbone_unchanged else "CHANGED")

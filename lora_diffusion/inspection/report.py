@@ -10,13 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapter import Adapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.files import load_adapter
 from lora_diffusion.inspection.blocks import block_of, in_order
 from lora_diffusion.inspection.charts import bar, lines, smoothed
-from lora_diffusion.inspection.doctor import Verdict, diagnose, relative_norm
-from lora_diffusion.inspection.spectra import spectra
+from lora_diffusion.inspection.doctor import Verdict, diagnose, facts
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.results import TrainResult
 
@@ -32,16 +30,15 @@ def write_report(config: TrainConfig, result: TrainResult) -> tuple[Path, Verdic
     """Write OUTPUT/report.html on a finished run, and say what became of it. ConfigError for one that is not."""
     if result.adapter is None:
         raise ConfigError(f"the run in {config.output} is not finished; there is nothing to report yet")
-    adapter = load_adapter(result.adapter)
-    verdict = diagnose(result, adapter)
+    verdict = diagnose(result, load_adapter(result.adapter))
     parts = [
         f"<h1>{escape(config.name)}</h1>",
         f'<p class="word">{escape(verdict.word)}</p>{_list(verdict.said)}',
-        _section("Result", _table(_facts(config, result, adapter))),
+        _section("Result", _table(facts(result, verdict))),
         _section("Loss while training", _losses(result)),
         _section("Held-out loss by noise level, clean to noisy", _bands(result)),
         _section("Pictures", "".join(map(_picture, result.previews))) if result.previews else "",
-        _section("Strength by block", _blocks(result, adapter)),
+        _section("Strength by block", _blocks(result, verdict)),
         _section("Settings", _table(_flat(config.model_dump(mode="json")))),
     ]
     path = config.output / "report.html"
@@ -50,21 +47,6 @@ def write_report(config: TrainConfig, result: TrainResult) -> tuple[Path, Verdic
     draft.write_text(f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>", "utf-8")
     draft.replace(path)
     return path, verdict
-
-
-def _facts(config: TrainConfig, result: TrainResult, adapter: Adapter) -> Iterable[tuple[str, str]]:
-    assert result.adapter is not None
-    strength = relative_norm(result, adapter)
-    yield "adapter", f"{result.adapter.name}, {result.adapter.stat().st_size / 2**20:.2f} MiB"
-    yield "trained parameters", f"{result.parameters:,}"
-    yield "steps", str(result.steps)
-    yield "time of the last call", f"{result.seconds:.0f} s"
-    yield "memory at the peak", f"{result.memory / 2**30:.2f} GiB" if result.memory else "unknown"
-    yield "held-out loss, base → adapter", f"{result.heldout_base:.4f} → {result.heldout_adapter:.4f}"
-    if result.best is not None:
-        yield "best held-out loss on the way", f"{result.best[1]:.4f} at step {result.best[0]}"
-    yield "‖ΔW‖ / ‖W‖", "unknown for this method" if strength is None else f"{strength:.4f}"
-    yield "backbone", f"{config.backbone.precision}, {'no byte changed' if result.backbone_unchanged else 'CHANGED'}"
 
 
 def _losses(result: TrainResult) -> str:
@@ -78,13 +60,13 @@ def _bands(result: TrainResult) -> str:
     return lines([(name, list(enumerate(bands, 1))) for name, bands in named], "band")
 
 
-def _blocks(result: TrainResult, adapter: Adapter) -> str:
+def _blocks(result: TrainResult, verdict: Verdict) -> str:
     squares: dict[tuple[str, str], float] = {}
     for component, names in result.weights.items():
         for name, norm in names.items():
             place = component, block_of(name)
             squares[place] = squares.get(place, 0.0) + norm**2
-    found = sorted(spectra(adapter), key=lambda one: (one.component, in_order(one.block)))
+    found = sorted(verdict.blocks, key=lambda one: (one.component, in_order(one.block)))
     if not found:
         return "<p>This method has no low-rank pairs to take apart.</p>"
     shares = [one.norm / max(1e-12, squares.get((one.component, one.block), 0.0) ** 0.5) for one in found]

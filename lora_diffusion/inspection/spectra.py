@@ -24,6 +24,8 @@ from lora_diffusion.methods import METHODS
 from lora_diffusion.methods.loha import tucker
 from lora_diffusion.methods.lokr import factors
 
+Values = Mapping[tuple[str, str], Tensor]
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -97,13 +99,22 @@ def effective_rank(values: Tensor) -> float:
     return math.exp(-torch.special.xlogy(shares, shares).sum().item())
 
 
+def all_values(adapter: Adapter) -> Values:
+    """(component, layer) -> singular values, of the layers that have some here."""
+    found = (((component, name), singular_values(layer)) for component, name, layer in adapter)
+    return {place: values for place, values in found if values is not None}
+
+
 def spectra(adapter: Adapter) -> list[Spectrum]:
     """One row a block, of its layers that have singular values here."""
+    return by_block(all_values(adapter))
+
+
+def by_block(values: Values) -> list[Spectrum]:
+    """The same of values that were taken before."""
     groups: dict[tuple[str, str], list[Tensor]] = {}
-    for component, name, layer in adapter:
-        values = singular_values(layer)
-        if values is not None:
-            groups.setdefault((component, block_of(name)), []).append(values)
+    for (component, name), of_layer in values.items():
+        groups.setdefault((component, block_of(name)), []).append(of_layer)
     return [
         Spectrum(
             component,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_diffusion.errors import ConfigError, some
 from lora_diffusion.quantize.contents import ties
 
-__all__ = ["WeightFiles", "check_weights", "empty_model", "fill"]
+__all__ = ["WeightFiles", "check_weights", "empty_encoder", "empty_model", "fill"]
 
 M = TypeVar("M", bound=nn.Module)
 _FILE = r"(diffusion_pytorch_model|model){variant}(-\d+-of-\d+)?\.safetensors"
@@ -62,6 +62,18 @@ def empty_model(kind: type[M], folder: str | os.PathLike[str]) -> M:
     diffusers_kind: Any = kind
     with init_empty_weights(include_buffers=False):  # modules compute their buffers, and no file has them
         return diffusers_kind.from_config(diffusers_kind.load_config(folder)).eval()
+
+
+def empty_encoder(kind: str, folder: str | os.PathLike[str]) -> nn.Module:
+    """A Transformers model of the class called `kind`, likewise. AttributeError for a class that there is not."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    transformers_kind: Any = getattr(transformers, kind)
+    with init_empty_weights(include_buffers=False):
+        model = transformers_kind(transformers_kind.config_class.from_pretrained(folder)).eval()
+    model.tie_weights()  # it was tied before its parameters went to the meta device
+    return model
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

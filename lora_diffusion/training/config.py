@@ -69,6 +69,8 @@ class TrainConfig(Section):
             raise ValueError(fault)
         if self.adapter.targets == [] and not self.text.live:
             raise ValueError("adapter.targets is empty, and neither text.tokens nor text.train is there to be trained")
+        if fault := _fault_of_rates(self.train, self.text):
+            raise ValueError(fault)
         if self.watch.every and not self.watch.prompts:
             raise ValueError("watch.every draws watch.prompts, and there are none")
         return self
@@ -114,6 +116,23 @@ def _fault_of(prior: PriorConfig, data: DataConfig) -> str | None:
         return "prior.kind = 'pictures' needs prior.folder, or prior.subject for the base to draw"
     if prior.kind == "none" and (prior.subject or prior.folder):
         return "prior.subject and prior.folder do nothing while prior.kind is 'none'"
+    return None
+
+
+def _fault_of_rates(loop: LoopConfig, text: TextConfig) -> str | None:
+    """What an optimiser that has its own way with rates cannot be told."""
+    if loop.optimizer == "prodigy":
+        others = {"train.up_ratio": loop.up_ratio * loop.lr}
+        others |= {"text.lr": text.lr} if text.train else {}
+        others |= {"text.token_lr": text.token_lr} if text.tokens else {}
+        if wrong := [name for name, rate in others.items() if rate != loop.lr]:
+            equal = "1" if wrong[0] == "train.up_ratio" else f"{loop.lr:g}, as train.lr is"
+            return f"train.optimizer = 'prodigy' finds one rate for everything; set {wrong[0]} to {equal}"
+    if loop.optimizer == "schedule-free":
+        if loop.schedule != "constant":
+            return "train.optimizer = 'schedule-free' is instead of train.schedule; set that to 'constant'"
+        if loop.ema is not None:
+            return "train.optimizer = 'schedule-free' saves an average of its own; leave train.ema out"
     return None
 
 

@@ -40,7 +40,9 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         made.append(_measured(run, f"{name}-ema"))
     listen(Progress("measure", 2, 2))
     if run.config.watch.prompts and run.processes.index == 0:
-        run.painter.at_weights(run.trained)
+        run.board.picture(run.step, run.painter.at_weights(run.trained))
+    if run.heldout.items and run.step not in dict(run.measured):
+        run.board.points(run.step, {"loss/heldout": mean(made[0][1])})
     norms = {a.component: {n: _norm(a.model, n) for n in a.slots} for a in run.trained.attachments}
     run.trained.detach()
     unchanged = fingerprint(run.denoiser) == run.before
@@ -48,9 +50,8 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         for adapter, bands in made:
             said = _metadata(run, adapter.name, mean(base), mean(bands))
             save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
-    run.processes.wait()
     adapter, trained = made[0]
-    return TrainResult(
+    result = TrainResult(
         _path(run, adapter),
         run.step,
         seconds,
@@ -66,7 +67,12 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         weights=norms,
         previews=sorted((run.config.output / "previews").glob("[sw]*.png")),
         memory=_peak_memory(),
+        precision=run.config.backbone.precision,
     )
+    if run.processes.index == 0:
+        result.write(run.config.output)
+    run.processes.wait()
+    return result
 
 
 def save_best(run: Run, loss: float) -> None:
@@ -101,7 +107,9 @@ def _path(run: Run, adapter: Adapter) -> Path:
 
 
 def _metadata(run: Run, title: str, base: float | None, trained: float) -> dict[str, str]:
-    config = run.config.model_dump(mode="json", exclude={"output": True, "base": True, "adapter": {"init_from"}})
+    config = run.config.model_dump(
+        mode="json", exclude={"output": True, "base": True, "watch": True, "adapter": {"init_from"}}
+    )
     facts = {
         "base": Path(run.config.base).name,
         "base_precision": run.config.backbone.precision,

@@ -66,8 +66,7 @@ class Judge:
         torch.manual_seed(generator.initial_seed())  # dropout masks
         noise = torch.randn(batch.latents.shape, generator=generator)
         height, width = batch.latents.shape[-2:]
-        tokens = (height // 2) * (width // 2)  # of the 2x2 patches that schedulers with a shift by size count
-        return noise, self.objective.draw(len(batch.latents), generator, tokens)
+        return noise, self.objective.draw(len(batch.latents), generator, (height, width))
 
     def _losses(self, batch: Batch, noise: Tensor, times: Tensor, loss: Loss = MSE) -> Tensor:
         latents, noise = batch.latents.to(**self.place), noise.to(**self.place)

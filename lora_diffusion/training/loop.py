@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from lora_diffusion.pipelines import Opened, load_pipeline
 from lora_diffusion.quantize import fingerprint
 from lora_diffusion.training.adapting import attach_for, check_adapter, encoders_for, format_for, words_for
 from lora_diffusion.training.averaging import Average
+from lora_diffusion.training.board import Board, check_board
 from lora_diffusion.training.checkpoints import (
     Checkpoint,
     check_settings,
@@ -32,7 +34,7 @@ from lora_diffusion.training.continuing import continue_from
 from lora_diffusion.training.finishing import finish, save_best
 from lora_diffusion.training.interruption import Interruption
 from lora_diffusion.training.judging import Judge, mean
-from lora_diffusion.training.optimizers import optimizer_for, restore, state_of
+from lora_diffusion.training.optimizers import averaged, check_optimizer, optimizer_for, rate_of, restore, state_of
 from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
 from lora_diffusion.training.rates import rate
@@ -51,6 +53,8 @@ _FREE = frozenset(  # may change on resuming; of `init_from` the content is comp
 
 def train(config: TrainConfig, listen: Listener = lambda progress: None) -> TrainResult:
     """Train the adapter that `config` describes. Raises LoraDiffusionError subclasses, each with one sentence."""
+    check_optimizer(config)
+    check_board(config)
     processes = Processes(config.backbone.device)
     opened = load_pipeline(
         config.base,
@@ -96,6 +100,7 @@ class Run:
         self.optimizer = optimizer_for(config.train, self.trained.groups(config))
         self.average = None if config.train.ema is None else Average(self.trained, config.train.ema)
         self.step, self.losses, self.measured = 0, list[float](), list[tuple[int, float]]()
+        self.norm = math.nan  # of the last step's gradients, before clipping
         parts = ("vae",) if config.text.live else ("vae", *family.text_encoders)
         self.painter = Painter(config, opened.pipe, parts, opened.device)
         self.checkpoints = config.output / "checkpoints"
@@ -103,17 +108,30 @@ class Run:
 
     def go(self, listen: Listener) -> TrainResult:
         """Train to the end or to an interruption."""
-        start, total = time.monotonic(), self.config.train.steps
+        total = self.config.train.steps
+        on = self.config.watch.tensorboard and self.processes.index == 0 and self.step < total
+        with Board(self.config.output / "tensorboard", self.step, on=on) as self.board:
+            seconds = self._train(total, listen)
+            if self.step < total:
+                return self._stopped(seconds)
+            with self._averaged():
+                return finish(self, seconds, listen)
+
+    def _train(self, total: int, listen: Listener) -> float:
+        """The steps that are left, and the seconds that they took."""
+        start = time.monotonic()
         with Interruption() as interruption:
             while self.step < total and not interruption.asked:
                 self.losses.append(self._one_step())
                 self.step += 1
-                listen(Progress("train", self.step, total, self.losses[-1]))
+                rate_now = rate_of(self.optimizer)
+                said = {"loss/training": self.losses[-1], "rate": rate_now, "gradient norm": self.norm}
+                self.board.points(self.step, said)
+                listen(Progress("train", self.step, total, self.losses[-1], rate_now))
                 self._watch()
                 if self.step % self.config.train.checkpoint_every == 0 or self.step == total or interruption.asked:
                     self._save()
-        seconds = time.monotonic() - start
-        return finish(self, seconds, listen) if self.step >= total else self._stopped(seconds)
+        return time.monotonic() - start
 
     def _attach(self) -> Trained:
         def show() -> None:
@@ -155,9 +173,9 @@ class Run:
             course.penalty().backward()
         total = self.processes.mean(total)
         self.processes.average_gradients(self.trained.parameters())
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), settings.clip)
-        if not (math.isfinite(total) and math.isfinite(norm.item())):
-            raise DivergedError(self._diverged(total, norm.item(), names))
+        self.norm = nn.utils.clip_grad_norm_(self.trained.parameters(), settings.clip).item()
+        if not (math.isfinite(total) and math.isfinite(self.norm)):
+            raise DivergedError(self._diverged(total, self.norm, names))
         self.optimizer.step()
         if course:
             course.after(self.step + 1)
@@ -167,18 +185,29 @@ class Run:
             self.average.update(self.step + 1)
         return total
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        return averaged(self.optimizer, self.trained, self.config.adapter.max_norm)
+
     def _watch(self) -> None:
         """Measure and draw, at the steps for it."""
+        watch = self.config.watch
+        if any(every and self.step % every == 0 for every in (watch.measure_every, watch.every)):
+            with self._averaged():
+                self._look()
+
+    def _look(self) -> None:
         watch = self.config.watch
         if watch.measure_every and self.step % watch.measure_every == 0:
             loss = mean(self.judge.bands(self.heldout))
             if loss < min((before for _, before in self.measured), default=math.inf) and self.processes.index == 0:
                 save_best(self, loss)
             self.measured.append((self.step, loss))
+            self.board.points(self.step, {"loss/heldout": loss})
         if watch.every and self.step % watch.every == 0 and self.processes.index == 0:
-            self.painter.at_step(self.trained, self.step)
+            self.board.picture(self.step, self.painter.at_step(self.trained, self.step))
 
     def _save(self) -> None:
+        self.board.flush()
         if self.processes.index == 0:
             state, average = state_of(self.optimizer), self.average.tensors if self.average else {}
             held = self.trained.state()

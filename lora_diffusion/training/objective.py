@@ -9,6 +9,7 @@ Schedules come from the pipeline's own scheduler, zero terminal SNR included.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from lora_diffusion.families import Conditioning, Family
 from lora_diffusion.training.loss import MSE, Loss
 from lora_diffusion.training.sections import TimesConfig
 
+Size = tuple[int, int]  # height and width of latents
+FLUX2_STEPS = 50  # of sampling, on which FLUX.2's shift depends
 AS_EVER, UNIFORM = TimesConfig.model_construct(), TimesConfig.model_construct(sampling="uniform")
 
 
@@ -31,8 +34,8 @@ class Objective(Protocol):
         """(ᾱ (timesteps,), "epsilon" or "v_prediction"); None where times are no timesteps."""
         ...
 
-    def draw(self, count: int, generator: torch.Generator, tokens: int = 0) -> Tensor:
-        """Random times, (count,): integer timesteps or sigmas in (0, 1), of pictures of so many tokens."""
+    def draw(self, count: int, generator: torch.Generator, size: Size = (0, 0)) -> Tensor:
+        """Random times, (count,): integer timesteps or sigmas in (0, 1), of latents of that height and width."""
         ...
 
     def grid(self, bands: int) -> Tensor:
@@ -57,7 +60,7 @@ class Diffusion:
         """ᾱ and what is predicted."""
         return self.alphas, self.target
 
-    def draw(self, count: int, generator: torch.Generator, tokens: int = 0) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator, size: Size = (0, 0)) -> Tensor:
         """Uniform timesteps, or more of them at one end."""
         if self.emphasis:
             levels = emphasised(torch.rand(count, generator=generator), self.emphasis)
@@ -80,7 +83,7 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class SizeShift:
-    """A scheduler's shift for pictures of so many tokens, linear in them before `exponential` (Esser et al. 2024)."""
+    """A scheduler's shift by the 2x2 patches of latents, linear in them before `exponential` (Esser et al. 2024)."""
 
     fewest: int
     most: int
@@ -88,10 +91,18 @@ class SizeShift:
     high: float
     exponential: bool
 
-    def __call__(self, tokens: int) -> float:
+    def __call__(self, size: Size) -> float:
         """What `_shifted` takes."""
+        tokens = (size[0] // 2) * (size[1] // 2)
         mu = self.low + (self.high - self.low) * (tokens - self.fewest) / (self.most - self.fewest)
         return math.exp(mu) if self.exponential else mu
+
+
+def flux2_shift(size: Size) -> float:
+    """FLUX.2's own, of latents whose pixels are patches already, at the steps that its pipelines have by default."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    return math.exp(compute_empirical_mu(size[0] * size[1], FLUX2_STEPS))
 
 
 @dataclass(frozen=True)
@@ -100,10 +111,10 @@ class Flow:
 
     shift: float = 1.0
     times: TimesConfig = AS_EVER
-    by_size: SizeShift | None = None
+    by_size: Callable[[Size], float] | None = None
     schedule: None = None
 
-    def draw(self, count: int, generator: torch.Generator, tokens: int = 0) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator, size: Size = (0, 0)) -> Tensor:
         """Logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1) or uniform sigmas, emphasised, shifted."""
         if self.times.sampling == "uniform":
             sigma = torch.rand(count, generator=generator)
@@ -111,7 +122,7 @@ class Flow:
             sigma = torch.sigmoid(torch.randn(count, generator=generator) * self.times.std + self.times.mean)
         sigma = emphasised(sigma, self.times.emphasis)
         if self.by_size is not None:
-            return _shifted(sigma, self.by_size(tokens))
+            return _shifted(sigma, self.by_size(size))
         return _shifted(sigma, self.shift if self.times.shift is None else self.times.shift)
 
     def grid(self, bands: int) -> Tensor:
@@ -161,11 +172,13 @@ def emphasised(levels: Tensor, emphasis: float) -> Tensor:
     return moved if emphasis > 0 else 1 - moved
 
 
-def _size_shift(family: Family, config: Any, times: TimesConfig) -> SizeShift:
+def _size_shift(family: Family, config: Any, times: TimesConfig) -> Callable[[Size], float]:
     if times.shift is not None:
         raise ConfigError("times.dynamic and times.shift are two shifts; leave one out")
-    if not config.get("use_dynamic_shifting") or family.name == "flux2":  # FLUX.2's depends on the steps of sampling
+    if not config.get("use_dynamic_shifting"):
         raise ConfigError(f"times.dynamic: the scheduler of this {family.name!r} has no shift by size; leave it off")
+    if family.name == "flux2":
+        return flux2_shift
     return SizeShift(
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),

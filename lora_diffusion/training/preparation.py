@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,12 @@ def _examples(config: TrainConfig, rules: BucketRules) -> tuple[list[Usable], li
         training = [item for i, item in enumerate(training) if i not in chosen]
     if not training:
         raise DataError(f"{data.folder}: every picture is in the held-out folder; nothing is left to train on")
-    return training, heldout, skipped
+    return training, [_unmirrored(item) for item in heldout], skipped
+
+
+def _unmirrored(usable: Usable) -> Usable:
+    """To measure on: the same pictures whether `data.flip` is set or not."""
+    return replace(usable, views=tuple(view for view in usable.views if not view.flipped))
 
 
 def _class_pictures(

@@ -32,7 +32,8 @@ NEEDS_TRIGGER = ("character",)  # recipes that learn one thing, which must have 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` settings over those of the recipe they name; as they are where they name none.
 
-    Who says how many steps there shall be gets as many: then the recipe does not count pictures.
+    Who says how many steps there shall be gets as many: then the recipe does not count pictures. Nor does it average
+    what an optimiser averages.
     """
     merged = dict(given)
     recipe = RECIPES.get(str(given.get("recipe")), {})
@@ -40,6 +41,7 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
         said = given.get(section, {})
         if isinstance(said, Mapping):
             left_out = {"exposures"} if "steps" in said else set[str]()
+            left_out |= {"ema"} if said.get("optimizer") == "schedule-free" else set()  # it has an average
             merged[section] = {key: value for key, value in defaults.items() if key not in left_out} | dict(said)
     return merged
 

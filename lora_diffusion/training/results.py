@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from lora_diffusion.errors import LoraDiffusionError
+from lora_diffusion.errors import ConfigError, LoraDiffusionError
 from lora_diffusion.quantize import QuantizationReport
+
+RESULT = "result.json"
 
 
 class DivergedError(LoraDiffusionError, ArithmeticError):
@@ -23,6 +27,8 @@ class Progress:
     done: int
     total: int
     loss: float = math.nan
+    rate: float = math.nan
+    """Learning rate; what Prodigy finds is in it."""
 
 
 Listener = Callable[[Progress], None]
@@ -51,6 +57,14 @@ class TrainResult:
     """Component -> layer -> ‖W‖ of the frozen weights that were adapted."""
     previews: list[Path] = field(default_factory=list[Path], repr=False)  # in the order they were drawn
     memory: int = 0  # bytes at the peak: of the GPU where there is one, else of this process
+    precision: str = ""  # of the backbone
+
+    @property
+    def heldout(self) -> str:
+        """Held-out loss of base and adapter, to be read."""
+        if math.isnan(self.heldout_base) or math.isnan(self.heldout_adapter):
+            return "not measured: nothing is held out"
+        return f"{self.heldout_base:.4f} → {self.heldout_adapter:.4f}"
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -61,3 +75,27 @@ class TrainResult:
     def interrupted(self) -> bool:
         """Whether it stopped early; the same call goes on."""
         return self.adapter is None
+
+    def write(self, folder: Path) -> None:
+        """Keep what was found as OUTPUT/result.json, whole or not at all. What each layer became is not in it."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "report"}
+        draft = folder / f".{RESULT}.part"
+        draft.write_text(json.dumps(kept, default=str), "utf-8")
+        draft.replace(folder / RESULT)
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainResult:
+        """What a finished run in `folder` found. ConfigError where there is none."""
+        path = folder / RESULT
+        try:
+            kept: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            kept["adapter"] = folder / Path(kept["adapter"]).name
+            kept["previews"] = [Path(path) for path in kept["previews"]]
+            kept["measured"] = [(int(step), float(loss)) for step, loss in kept["measured"]]
+            return cls(**kept)
+        except FileNotFoundError:
+            raise ConfigError(f"there is no finished run in {folder}: no {RESULT} in it") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is not whole ({type(error).__name__}: {error}); train again to mend it"
+            ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lora_diffusion.quantize import Precision
 
@@ -204,6 +204,8 @@ class WatchConfig(Section):
 
     measure_every: int | None = Field(None, ge=1)
     """Steps between held-out losses; the best state is kept as NAME-best.safetensors. None: at the end alone."""
+    tensorboard: bool = False
+    """Losses, rate, gradient norm and pictures for TensorBoard, into OUTPUT/tensorboard."""
     every: int | None = Field(None, ge=1)
     """Steps between pictures; None: at the end alone."""
     prompts: list[str] = Field(default_factory=list)
@@ -223,6 +225,11 @@ class WatchConfig(Section):
 class LoopConfig(Section):
     """How long and how fast."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_that_it_finds(cls, given: Any) -> Any:
+        return {"lr": 1.0} | given if isinstance(given, dict) and given.get("optimizer") == "prodigy" else given
+
     steps: int = Field(800, ge=1)
     exposures: int | None = Field(None, ge=1)
     """Stop sooner, once each picture has been seen so often; None: after `steps`."""
@@ -230,7 +237,10 @@ class LoopConfig(Section):
     accumulate: int = Field(1, ge=1)
     """Batches added up for one optimiser step."""
     lr: float = Field(1e-4, gt=0)
-    optimizer: Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "adafactor"] = "adamw"
+    """1 for prodigy, which finds what to multiply it by."""
+    optimizer: Literal[
+        "adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "adafactor", "prodigy", "schedule-free"
+    ] = "adamw"
     """Those in 8 bits, paged memory and adafactor hold less; `plan` says how much."""
     up_ratio: float = Field(1.0, gt=0)
     """LoRA+ (arXiv 2402.12354): the learning rate of `up` over that of `down`, such as 16."""

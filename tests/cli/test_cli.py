@@ -58,10 +58,10 @@ def test_help_is_quick_to_import_and_shows_every_command() -> None:
     code += "print('HEAVY', sorted({'torch', 'diffusers', 'transformers', 'peft'} & sys.modules.keys()))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "HEAVY []" in shown
-    assert all(command in shown for command in ("quickstart", "train", "generate", "grid"))
+    assert all(command in shown for command in ("quickstart", "train", "doctor", "generate", "grid"))
 
 
-@pytest.mark.parametrize("command", ["quickstart", "train", "generate", "grid"])
+@pytest.mark.parametrize("command", ["quickstart", "train", "doctor", "generate", "grid"])
 def test_every_command_has_help_with_an_example(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +79,16 @@ def test_train_then_the_same_command_again_has_nothing_to_do(
     written = (tmp_path / "out" / "blocks.safetensors").read_bytes()
     assert run(monkeypatch, "train", config, "train.steps=3") == 0
     assert (tmp_path / "out" / "blocks.safetensors").read_bytes() == written
+    verdict = next(line for line in said.splitlines() if ": held-out loss" in line)
+    capsys.readouterr()
+    for place in (config, tmp_path / "out"):  # the doctor says of it what was said at its end
+        assert run(monkeypatch, "doctor", place) == (0 if verdict.startswith("good") else 1)
+        shown = capsys.readouterr().out
+        assert verdict in shown.splitlines()
+        assert "nf4, no byte changed" in shown
+    (tmp_path / "out" / "result.json").unlink()
+    assert run(monkeypatch, "doctor", tmp_path / "out") == 2
+    assert "there is no finished run" in capsys.readouterr().err
 
 
 def test_generate_writes_the_stack_s_picture_with_its_recipe(

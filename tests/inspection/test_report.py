@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_diffusion import Adapter, ConfigError, LayerAdapter, TrainConfig, Trai
 from lora_diffusion.inspection.charts import lines, smoothed
 from lora_diffusion.inspection.doctor import dead_layers, diagnose, relative_norm
 from lora_diffusion.inspection.report import write_report
+from lora_diffusion.inspection.spectra import all_values
 from tests.training.pictures import settings
 
 
@@ -36,7 +38,7 @@ def result(before: float, after: float, measured: list[tuple[int, float]] | None
 @pytest.mark.parametrize(
     ("found", "made", "word", "said"),
     [
-        (result(1.0, 0.9), adapter(), "good", "1.0000 -> 0.9000"),
+        (result(1.0, 0.9), adapter(), "good", "1.0000 → 0.9000"),
         (result(1.0, 0.9), adapter(dead=True), "good", "1 of 6 layers are dead"),
         (result(1.0, 0.99, [(3, 0.8), (6, 0.9)]), adapter(), "overfitted", "0.8000 at step 3"),
         (result(1.0, 1.2), adapter(), "overfitted", "the base does better"),
@@ -54,10 +56,23 @@ def test_the_verdict_follows_from_losses_and_strength(found: TrainResult, made: 
 
 def test_the_relative_norm_is_that_of_the_dense_deltas_in_any_spelling() -> None:
     made = adapter(3.0)
-    assert relative_norm(result(1, 1), made) == pytest.approx(3.0 / 50.0)
+    weights = result(1, 1).weights
+    assert relative_norm(weights, all_values(made)) == pytest.approx(3.0 / 50.0)
     flattened = {name.replace(".", "_"): layer for name, layer in made.layers["unet"].items()}
-    assert relative_norm(result(1, 1), Adapter("a", {"unet": flattened})) == pytest.approx(3.0 / 50.0)
-    assert dead_layers(adapter(dead=True)) == ["unet.down_blocks.5.to_q"]
+    assert relative_norm(weights, all_values(Adapter("a", {"unet": flattened}))) == pytest.approx(3.0 / 50.0)
+    assert dead_layers(all_values(adapter(dead=True))) == ["unet.down_blocks.5.to_q"]
+
+
+def test_what_a_run_found_is_read_back_whole_and_half_of_it_is_refused(tmp_path: Path) -> None:
+    found = replace(result(1.0, math.nan, [(3, 0.5)]), adapter=tmp_path / "a.safetensors", precision="nf4")
+    found.write(tmp_path)
+    again = TrainResult.read(tmp_path)
+    assert math.isnan(again.heldout_adapter)
+    assert replace(again, heldout_adapter=0.0) == replace(found, heldout_adapter=0.0)
+    assert again.heldout == "not measured: nothing is held out"
+    (tmp_path / "result.json").write_text((tmp_path / "result.json").read_text()[:-9])
+    with pytest.raises(ConfigError, match=r"result\.json is not whole"):
+        TrainResult.read(tmp_path)
 
 
 def test_charts_keep_inside_and_leave_out_what_is_no_number() -> None:

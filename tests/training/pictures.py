@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lora_diffusion import TrainConfig
+from lora_diffusion import TrainConfig, TrainResult, train
+from lora_diffusion.training.results import Progress
 from tests import tiny
 
 
@@ -42,3 +45,15 @@ def settings(root: Path, base: str = "sd", **train: Any) -> dict[str, Any]:
 def config(root: Path, base: str = "sd", **train: Any) -> TrainConfig:
     """The same as a TrainConfig."""
     return TrainConfig.parse(settings(root, base, **train))
+
+
+def interrupted(config: TrainConfig, after: int = 1) -> TrainResult:
+    """Train until Ctrl-C comes after so many steps; what a run gives that has stopped early."""
+
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "train" and progress.done == after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = train(config, interrupt)
+    assert result.interrupted
+    return result

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,9 @@ from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, load_a
 from lora_diffusion.errors import ConfigError, DataError
 from lora_diffusion.training.checkpoints import CheckpointError, find_checkpoints
 from lora_diffusion.training.config import override
-from lora_diffusion.training.results import DivergedError, Progress
+from lora_diffusion.training.results import DivergedError
 from tests import tiny
-from tests.training.pictures import config, settings
+from tests.training.pictures import config, interrupted, settings
 
 
 def test_nf4_training_lowers_the_loss_and_no_backbone_byte_changes(tmp_path: Path) -> None:
@@ -84,12 +82,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(
     expected = train(TrainConfig.parse(whole)).adapter
     broken = TrainConfig.parse(whole | {"output": str(tmp_path / "broken")})
 
-    def interrupt(progress: Progress) -> None:
-        if progress.stage == "train" and progress.done == stop_after:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    stopped = train(broken, interrupt)
-    assert stopped.interrupted
+    stopped = interrupted(broken, stop_after)
     assert stopped.backbone_unchanged
     assert stopped.steps in (stop_after, stop_after + 1)
     finished = train(broken)
@@ -179,3 +172,10 @@ def test_asking_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="cuda"):
         train(TrainConfig.parse(given))
+
+
+def test_pictures_are_held_out_as_they_are_whatever_is_mirrored_or_watched(tmp_path: Path) -> None:
+    plain, mirrored = config(tmp_path, steps=1), settings(tmp_path, steps=1)
+    mirrored["data"]["flip"] = True
+    mirrored |= {"output": str(tmp_path / "mirrored"), "watch": {"measure_every": 1}}
+    assert train(TrainConfig.parse(mirrored)).bands_base == train(plain).bands_base

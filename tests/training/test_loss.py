@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from lora_diffusion import TrainConfig, train
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families.flux import FLUX
+from lora_diffusion.families.flux2 import FLUX2
 from lora_diffusion.families.sd import SD
 from lora_diffusion.training.config import override
 from lora_diffusion.training.loss import Loss, loss_for, min_snr
@@ -82,14 +85,24 @@ def test_a_shift_of_its_own_replaces_the_schedulers_in_training_and_not_in_measu
     assert torch.equal(base.grid(8), shifted.grid(8))
 
 
-@pytest.mark.parametrize("tokens", [16, 1024, 4096])
+@pytest.mark.parametrize("side", [8, 64, 128])
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
-def test_a_shift_by_size_is_the_schedulers_own(tokens: int, kind: str) -> None:
+def test_a_shift_by_size_is_the_schedulers_own(side: int, kind: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     objective = objective_for(FLUX, scheduler, TimesConfig(dynamic=True))
     plain = objective_for(FLUX, scheduler, TimesConfig(shift=1.0)).draw(9, torch.Generator().manual_seed(0))
-    scheduler.set_timesteps(sigmas=plain.tolist(), mu=calculate_shift(tokens))
-    torch.testing.assert_close(objective.draw(9, torch.Generator().manual_seed(0), tokens), scheduler.sigmas[:-1])
+    scheduler.set_timesteps(sigmas=plain.tolist(), mu=calculate_shift((side // 2) ** 2))
+    torch.testing.assert_close(objective.draw(9, torch.Generator().manual_seed(0), (side, side)), scheduler.sigmas[:-1])
+
+
+@pytest.mark.parametrize("size", [(8, 16), (64, 64), (80, 64)])
+def test_flux_2_is_shifted_as_its_pipeline_does(size: tuple[int, int]) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    objective = objective_for(FLUX2, scheduler, TimesConfig(dynamic=True))
+    plain = objective_for(FLUX2, scheduler, TimesConfig(shift=1.0)).draw(9, torch.Generator().manual_seed(0))
+    steps = signature(Flux2KleinPipeline.__call__).parameters["num_inference_steps"].default
+    scheduler.set_timesteps(sigmas=plain.tolist(), mu=compute_empirical_mu(size[0] * size[1], steps))
+    torch.testing.assert_close(objective.draw(9, torch.Generator().manual_seed(0), size), scheduler.sigmas[:-1])
 
 
 def test_a_shift_by_size_that_is_not_there_is_refused() -> None:

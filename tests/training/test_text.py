@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from lora_diffusion.training.preparation import prepare
 from lora_diffusion.training.processes import Processes
 from lora_diffusion.training.results import Progress
 from tests import tiny
-from tests.training.pictures import settings
+from tests.training.pictures import interrupted, settings
 
 TOKEN = {"tokens": {"<kiki>": "cat"}, "token_vectors": 2, "token_lr": 0.5}
 
@@ -118,11 +116,7 @@ def test_interrupted_with_tokens_it_ends_with_the_same_bytes(tmp_path: Path) -> 
     expected = train(TrainConfig.parse(whole)).adapter
     broken = TrainConfig.parse(whole | {"output": str(tmp_path / "broken")})
 
-    def interrupt(progress: Progress) -> None:
-        if progress.stage == "train" and progress.done == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    assert train(broken, interrupt).interrupted
+    interrupted(broken)
     finished = train(broken).adapter
     assert finished is not None
     assert expected is not None
