@@ -66,14 +66,14 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(pipe: StableDiffusionXLPipeline, path: Path, repeats: int) -> dict[str, Any]:
     """Seconds of each side, alternating, after one round that warms both up."""
-    stack, known = AdapterStack(pipe), AdapterStack(pipe)
+    known, new = AdapterStack(pipe), list[AdapterStack]()
 
-    def forgotten() -> None:
-        stack.clear()
-        stack.residents.forget()
+    def put_on_new() -> None:
+        new.append(AdapterStack(pipe))
+        new[-1].add(path, name="a")
 
     sides: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "lora_diffusion": (lambda: stack.add(path, name="a"), forgotten),
+        "lora_diffusion": (put_on_new, lambda: new.pop().clear()),
         "diffusers": (lambda: pipe.load_lora_weights(str(path), adapter_name="a"), pipe.unload_lora_weights),
         "known file": (lambda: known.add(path, name="a"), known.clear),
         "read only": (lambda: load_adapter(path), lambda: None),

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,8 @@ def by_image(tokens: int, width: int, rank: int, rounds: int) -> dict[str, Any]:
     """One adapter an image in a batch of 8 on one linear layer, relative to the layer alone."""
     from lora_diffusion.dial import Dial
     from lora_diffusion.gates import Resolved
-    from lora_diffusion.lora import Pair, Slot, place
+    from lora_diffusion.lora import Slot, place
+    from lora_diffusion.pairs import Pair
 
     plain, gated = torch.nn.Linear(width, width).bfloat16(), torch.nn.Linear(width, width).bfloat16()
     pairs = [Pair(str(i), torch.randn(rank, width), torch.randn(width, rank), 1.0) for i in range(8)]
@@ -135,33 +138,47 @@ def turning(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
             rounds,
         )
 
+        here = [1, 2]
+
         def swap() -> None:
-            stack.remove("x1")
-            stack.add(made[1])
+            stack.swap(f"x{here[0]}", made[here[1]])
+            here.reverse()
 
-        def peer_swap() -> None:
-            peers.unet.delete_adapters("x1")
-            peers.load(files[1], "x1")
+        def hotswap() -> None:
+            weights, _ = peers.kind.lora_state_dict(str(files[1]))
+            peers.unet.load_lora_adapter(weights, adapter_name="x1", prefix="unet", hotswap=True)
 
-        results["swap"] = interleaved({"ours": swap, "peft": peer_swap}, rounds)
+        for _ in range(3):  # both are met, and their rows laid out
+            swap()
+        swap()
+        results["swap"] = interleaved({"ours": swap, "peft, hotswap": hotswap}, rounds)
     stack.clear()
-    adds: dict[str, list[dict[str, float]]] = {"2nd": [], "16th": []}
-    for _ in range(rounds):
-        for number, adapter in enumerate(made, start=1):
-            label = {2: "2nd", 16: "16th"}.get(number)
-            if label:
-                adds[label].append(interleaved_once(lambda a=adapter: stack.add(a)))
-            else:
-                stack.add(adapter)
-        results.setdefault("clear of 16", []).append(interleaved_once(stack.clear))
-    results["add"] = adds
+    results |= coming_and_going(ours, made, rounds)
     return results
 
 
-def interleaved_once(case: Any) -> float:
-    """Seconds of one call that cannot be repeated as it is."""
-    import time
+def coming_and_going(pipe: Bare, made: list[Adapter], rounds: int) -> dict[str, Any]:
+    """Adding sixteen files one after the other to an empty stack that has not met them, and taking all off."""
+    adds: dict[str, list[float]] = {"2nd": [], "16th": []}
+    cleared: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = [save_adapter(a, Path(folder) / f"{a.name}.safetensors") for a in made]
+        for _ in range(rounds):
+            fresh = AdapterStack(pipe)
+            for number, file in enumerate(files, start=1):
+                seconds = once(lambda file=file, fresh=fresh: fresh.add(file))
+                if label := {2: "2nd", 16: "16th"}.get(number):
+                    adds[label].append(seconds)
+            cleared.append(once(fresh.clear))
+    medians = {label: statistics.median(times) for label, times in adds.items()}
+    return {
+        "add": {**medians, "all": adds, "16th over 2nd": medians["16th"] / medians["2nd"]},
+        "clear of 16": {"median": statistics.median(cleared), "all": cleared},
+    }
 
+
+def once(case: Any) -> float:
+    """Seconds of CPU time of one call that cannot be repeated as it is."""
     start = time.process_time()
     case()
     return time.process_time() - start

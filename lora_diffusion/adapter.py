@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -147,7 +147,7 @@ class Adapter:
     def check(self) -> None:
         """Raise AdapterFileError for an adapter without content, a non-finite value or a non-finite alpha."""
         self.check_content()
-        bad = [f"{c} {n}: {fault}" for c, n, layer in self if (fault := not_finite(layer))]
+        bad = [f"{c} {n}: {fault}" for c, of in self.layers.items() for n, fault in not_finite_layers(of).items()]
         bad += [
             f"{token} {component}: it holds values that are not finite numbers"
             for token, vectors in self.embeddings.items()
@@ -185,6 +185,27 @@ def is_finite(tensor: Tensor) -> bool:
         tensor = tensor.float()  # no reduction is defined on 8-bit floats
     low, high = torch.aminmax(tensor)  # both carry a NaN through
     return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def not_finite_layers(layers: Mapping[str, LayerAdapter]) -> dict[str, str]:
+    """The layers that hold something that is no finite number, with what that is."""
+    if _surely_finite(tensor for layer in layers.values() for tensor in layer.tensors.values()):
+        layers = {name: layer for name, layer in layers.items() if not math.isfinite(layer.alpha or 0.0)}
+    return {name: fault for name, layer in layers.items() if (fault := not_finite(layer))}
+
+
+def _surely_finite(tensors: Iterable[Tensor]) -> bool:
+    """One pass over what they span in each memory they share, as a file's do; False where each must tell for itself."""
+    spans: dict[tuple[int, torch.dtype], tuple[Tensor, int, int, int]] = {}
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.is_meta:
+            return False
+        begin, length = int(tensor.storage_offset()), tensor.numel()
+        key = (tensor.untyped_storage().data_ptr(), tensor.dtype)
+        one, low, high, numbers = spans.get(key, (tensor, begin, begin, 0))
+        spans[key] = one, min(low, begin), max(high, begin + length), numbers + length
+    dense = all(2 * numbers >= high - low for _, low, high, numbers in spans.values())
+    return dense and all(is_finite(one.as_strided((high - low,), (1,), low)) for one, low, high, _ in spans.values())
 
 
 def _by_flat_name(layers: dict[str, dict[str, LayerAdapter]]) -> dict[str, dict[str, LayerAdapter]]:

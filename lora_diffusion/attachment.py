@@ -24,11 +24,11 @@ from lora_diffusion.branches import Branch
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, some
 from lora_diffusion.gates.fading import Fading
-from lora_diffusion.lora import Pair, Part, Slot, place, slot_of, take_off
+from lora_diffusion.lora import Part, Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, Course, Method, resumed, written
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.methods.starts import StartBranch, difference, first_half
-from lora_diffusion.methods.tlora import TLoRABranch
+from lora_diffusion.pairs import Pair
 from lora_diffusion.products import pair_norm
 from lora_diffusion.targets import Targets, find_targets
 
@@ -46,7 +46,7 @@ class Attachment:
         self._starts = {name: new for name, new in fresh.items() if _is_away(new)}
         self._fresh = fresh  # what the slots were made of: method, alpha, shapes
         self.course: Course | None = None
-        self.fading: Fading | None = None  # of T-LoRA: what acts at which noise
+        self.fading: Fading | None = None  # what acts at which noise, as T-LoRA asks for
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -69,10 +69,8 @@ class Attachment:
         others = [p for name, p in self.named_parameters() if not name.endswith(".up")]
         if up_ratio == 1.0 or not ups:
             return [{"params": self.parameters(), "lr": lr, "ratio": 1.0}]
-        return [
-            {"params": others, "lr": lr, "ratio": 1.0},
-            {"params": ups, "lr": lr * up_ratio, "ratio": up_ratio},
-        ]
+        faster = {"params": ups, "lr": lr * up_ratio, "ratio": up_ratio}
+        return [{"params": others, "lr": lr, "ratio": 1.0}, faster]
 
     def begin(self, method: Method, steps: int) -> None:
         """Set `course`, what the method does beside the optimiser in a run of `steps`; most do nothing."""
@@ -94,9 +92,11 @@ class Attachment:
 
     def at(self, noise: Tensor) -> None:
         """Tell what fades the noise of each picture of the next call: (batch,), from 0 for none to 1."""
+        if self.fading is None:
+            return
         for branch in (branch for slot in self.slots.values() for branch in slot.branches):
-            if self.fading is not None and isinstance(branch, TLoRABranch):
-                branch.fade(self.fading, noise)
+            if fade := getattr(branch, "fade", None):
+                fade(self.fading, noise)
 
     def weigh(self, weight: float) -> None:
         """Turn what is being trained to another strength; 0 makes the model its own frozen teacher."""
@@ -134,7 +134,7 @@ class Attachment:
         for layer, start in self._starts.items():
             layers[layer] = difference(layers[layer], start)
         cast = {layer: _cast(one, dtype) for layer, one in written(layers).items()}
-        said = replace(self.fading, rows=2).metadata() if self.fading else {}
+        said = self.fading.metadata() if self.fading else {}
         return Adapter(name, {self.component: cast}, metadata=said)
 
     def load(self, adapter: Adapter) -> None:

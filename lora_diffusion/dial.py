@@ -104,6 +104,19 @@ class Dial:
         self._share()
         self.turn(weights)
 
+    def rebind(self, weights: Mapping[str, Resolved]) -> bool:
+        """The same slots and ranks, other adapters: names, scales and levels anew. False where more has changed."""
+        if not self._still:
+            return False
+        self._order, self._by_name = list(weights), {}
+        there = (entry for slot in self.slots.values() for entry in slot.entries)
+        for number, (entry, (name, _, scale)) in enumerate(zip(self.entries, there, strict=True)):
+            entry.name, entry.scale = name, scale
+            self._by_name.setdefault(name, []).append(number)
+        self._scales = torch.tensor([*(entry.scale for entry in self.entries), 0.0])[self._owner]
+        self.turn(weights)
+        return True
+
     def turn(self, weights: Mapping[str, Resolved]) -> None:
         """Set the levels of these adapters; the others keep theirs."""
         plain = all(isinstance(one.everywhere, float) and not one.sites for one in weights.values())
@@ -210,12 +223,12 @@ class Dial:
         def build(batch: int, shape: Sequence[int]) -> Tensor:
             gates = [self._gate(entry, batch, shape) for entry in entries]
             size = torch.broadcast_shapes(*(gate.shape for gate in gates))
-            columns = [
-                gate.expand(*size[:2], self.entries[i].rank) * (torch.arange(self.entries[i].rank) < self._active[i])
-                for gate, i in zip(gates, numbers, strict=True)
-            ]
+            columns = [gate.expand(*size[:2], entry.rank) for gate, entry in zip(gates, entries, strict=True)]
+            for i, number in enumerate(numbers):
+                if self._active[number] < entries[i].rank:
+                    columns[i] = columns[i] * (torch.arange(entries[i].rank) < self._active[number])
             spare = torch.zeros(*size[:2], slot.rows - sum(e.rank for e in entries))
-            return torch.cat([*columns, spare], dim=-1).to(slot.down.device)
+            return torch.cat([*columns, spare], dim=-1)
 
         return build
 

@@ -41,11 +41,11 @@ def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
     """
     awake = {name: parts for name, parts in layers.items() if not parts[1].idle}
     for name, (layer, _, shares) in awake.items():
+        if other := [one.method for one in shares.values() if not is_dense(one.method)]:
+            raise ConfigError(f"fuse: {name} carries {some(other)}, which is no change of a weight; use it unfused")
         weight = frozen_weight(layer)
         if not weight.is_floating_point() or weight.is_meta:
             raise ConfigError(f"fuse: {name} ({type(layer).__name__}) is quantised or offloaded; use it unfused")
-        if other := [one.method for one in shares.values() if not is_dense(one.method)]:
-            raise ConfigError(f"fuse: {name} carries {some(other)}, which is no change of a weight; use it unfused")
         if getattr(layer, "bias", None) is None and any(bias_change(one) is not None for one in shares.values()):
             raise ConfigError(f"fuse: {name} has no bias, and an adapter changes one; use it unfused")
     kept: list[tuple[Tensor, Tensor]] = []

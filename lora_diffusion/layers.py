@@ -1,4 +1,4 @@
-"""What can be adapted: linear layers of any precision and plain 2-D convolutions, and their geometry."""
+"""What can be adapted, linear layers of any precision, plain 2-D convolutions, norms, attentions, and its geometry."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ def is_norm(layer: nn.Module) -> bool:
     known = isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
     known = known or (type(layer).__name__ == "RMSNorm" and hasattr(layer, "eps"))
     return known and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def is_attention(layer: nn.Module) -> bool:
+    """Whether it is an attention of Diffusers from queries `to_q` to an output `to_out[0]`, and nothing round them.
+
+    The attentions of VAEs, which normalise and add their input themselves, are not, nor those without an output layer.
+    """
+    query, outputs = getattr(layer, "to_q", None), getattr(layer, "to_out", None)
+    plain = isinstance(getattr(layer, "heads", None), int) and not getattr(layer, "residual_connection", False)
+    plain = plain and getattr(layer, "group_norm", None) is None and getattr(layer, "rescale_output_factor", 1) == 1
+    ends = isinstance(query, nn.Module) and isinstance(outputs, nn.ModuleList) and len(outputs) > 0
+    return plain and ends and is_linear(query) and is_linear(outputs[0])  # type: ignore[arg-type]
+
+
+def core(layer: nn.Module) -> nn.Module:
+    """The layer whose weight says device and precision: the queries' of an attention, else the layer itself."""
+    query = layer._modules.get("to_q")  # a search through attributes would take longer
+    return query if query is not None and is_attention(layer) else layer
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:

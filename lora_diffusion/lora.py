@@ -1,4 +1,4 @@
-"""READ FIRST: the formula, the low-rank pair, the slot.
+"""READ FIRST: the formula and the slot. What one adapter adds to a layer is a low-rank pair (`pairs.py`).
 
 A frozen layer W with adapters i = 1..N computes (Hu et al. 2021, arXiv 2106.09685, eq. 3, N times)
 
@@ -23,9 +23,8 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,31 +33,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.dropping import Dropping
-from lora_diffusion.layers import compute_dtype, convolution_arguments, frozen_weight, kernel_shape, out_width
-from lora_diffusion.packing import Block, repacked
+from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
+from lora_diffusion.packing import Block, repacked, unrecorded
+from lora_diffusion.pairs import Pair
 from lora_diffusion.products import LowRank, add_convolution, add_linear, over_pixels
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
-_PLAIN = frozenset({"asleep", "convolution", "entries", "first", "hooks", "kept", "live", "numbers", "packed"}) | {
-    *("pairs", "reserve", "rows")
-}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One adapter's low-rank pair on one layer: `down` (rank, in[, kh, kw]), `up` (out, rank[, 1, 1])."""
-
-    name: str
-    down: Tensor
-    up: Tensor
-    scale: float
-    token: object = field(default_factory=object, repr=False, compare=False)  # whose rows these are in a slot
-
-    @property
-    def rank(self) -> int:
-        """Rows of `down`."""
-        return self.down.shape[0]
+_PLAIN = frozenset(
+    "asleep convolution entries first hooks kept live numbers packed pairs reserve rows views".split()  # noqa: SIM905
+)
 
 
 Part = Pair | Branch
@@ -75,6 +59,7 @@ class Slot(nn.Module):
     hooks: tuple[RemovableHandle, ...] = ()
     live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
     packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
+    views: Sequence[tuple[Tensor, ...]] = ()  # the rows of each of them, once they were exchanged
     asleep = False  # fused into the weight: the layer is left alone, whatever the weights
     numbers: Sequence[float] = ()  # weights by entry; a dial's slots share one list, theirs from `first` on
     first = 0
@@ -93,7 +78,7 @@ class Slot(nn.Module):
         self.convolution = convolution_arguments(layer)
         self.kept: list[Tensor] = []  # the frozen weight while a merged one stands in for it
         self.reserve = reserve  # rows held at least, so that swapping within them changes no shape
-        self.branches = ()
+        vars(self)["branches"] = ()
         self.register_buffer("gate", None, persistent=False)
         self.pack(layer, parts, trainable=trainable)
         if gated:
@@ -111,26 +96,48 @@ class Slot(nn.Module):
         Rows that are there already stay or move; rows beyond all, up to `reserve`, are zero. Tensors of the right
         shape are written in place.
         """
-        dtype = torch.float32 if trainable else compute_dtype(layer)
-        weight = frozen_weight(layer)
+        dtype = torch.float32 if trainable else compute_dtype(core(layer))
+        weight = frozen_weight(core(layer))
         device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
         pairs = [part for part in parts if isinstance(part, Pair)]
-        blocks = [(pair.token, pair.rank) for pair in pairs]
+        blocks = [pair.block for pair in pairs]
         rows = max(sum(rank for _, rank in blocks), self.reserve)
-        kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # of a norm's slot: no rows
-        with torch.inference_mode(mode=False), torch.no_grad():
+        kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # norms, attentions: no rows
+        with unrecorded():
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
-                new = functools.partial(_rows, pairs, name, shape)
-                packed = repacked(self._held(name), shape, (dtype, device), self.packed, blocks, new)
-                if (held := self._held(name)) is None or not held.is_set_to(packed):
+                held, kind = self._held(name), (dtype, device)
+                packed = repacked(held, shape, kind, self.packed, blocks, lambda i, name=name: pairs[i].rows(name))
+                if held is None or not held.is_set_to(packed):
                     self._parameters[name] = nn.Parameter(packed, requires_grad=trainable and rows > 0)
-        self.packed = () if trainable else tuple(blocks)
-        self.pairs = tuple((pair.name, rank, pair.scale) for pair, (_, rank) in zip(pairs, blocks, strict=True))
+        self.packed, self.views = () if trainable else tuple(blocks), ()
+        self.pairs = tuple(pair.entry for pair in pairs)
         branches = [part for part in parts if isinstance(part, Branch)]
         if branches or self.branches:
             self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
         self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
         self.rows = rows + len(branches)
+
+    def exchange(self, pairs: Sequence[Pair], writes: list[tuple[Tensor, Tensor]]) -> bool:
+        """Hold these pairs where others of the same ranks are; False where it has to be packed instead.
+
+        Shapes, places and memory stay: (rows, what to write there) is added to `writes`, so that all layers of a model
+        are written by one copy. The gate is to be set anew.
+        """
+        if [pair.rank for pair in pairs] != [rank for _, rank in self.packed] or len(self.entries) != len(pairs):
+            return False
+        if not self.views:
+            ends = [*accumulate(rank for _, rank in self.packed)]
+            with torch.inference_mode(mode=False):  # they are written to outside of one as well
+                held = (self.down.data, self.up.data)
+                self.views = [
+                    tuple(rows[end - pair.rank : end] for rows in held) for pair, end in zip(pairs, ends, strict=True)
+                ]
+        for pair, (token, _), (down, up) in zip(pairs, self.packed, self.views, strict=True):
+            if pair.token is not token:
+                writes += ((down, pair.rows("down", down.dtype)), (up, pair.rows("up", up.dtype)))
+        self.packed = tuple([pair.block for pair in pairs])
+        self.entries = self.pairs = tuple([pair.entry for pair in pairs])
+        return True
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -169,7 +176,7 @@ class Slot(nn.Module):
             return add_convolution(x, out, self.down, self.up, gate, self.convolution)
         if torch.is_grad_enabled() and (x.requires_grad or self.up.requires_grad):
             return out + LowRank.apply(x, self.down, self.up, gate).to(out.dtype)
-        return add_linear(x, out, self.down.to(x), self.up.to(x), gate.to(x.device))
+        return add_linear(x, out, self.down.to(x), self.up.to(x), gate)
 
     def merged(self, weight: Tensor) -> Tensor:
         """weight + upᵀ diag(gate) down, rounded once, in the weight's dtype and shape. Branches are not in it."""
@@ -191,6 +198,8 @@ class Slot(nn.Module):
             return out
         if out is None or (not torch.compiler.is_compiling() and self.idle):  # compiled code adds zero instead
             return out
+        if isinstance(out, tuple):  # joint attention: the picture's tokens, then the text's
+            return (self.after(layer, args, kwargs, out[0]), *out[1:])
         x = _input(args, kwargs)
         if self.branches:  # first: they need the base output, to which pairs may be added in place
             out = add_branches(self._turned(out), layer, x, out)
@@ -207,7 +216,7 @@ class Slot(nn.Module):
         return None if held is None else held.data
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
-        self.packed = ()  # moved or cast, perhaps rounded: the next time all is written again
+        self.packed, self.views = (), ()  # moved or cast, perhaps rounded: the next time all is written again
         return super()._apply(fn, recurse)
 
     def _turned(self, out: Tensor) -> list[tuple[Branch, Tensor]]:
@@ -256,11 +265,6 @@ class Slot(nn.Module):
         how = self.convolution
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
         return tokens * (width + out) > width * out
-
-
-def _rows(pairs: Sequence[Pair], name: str, shape: tuple[int, ...], index: int) -> Tensor:
-    pair = pairs[index]
-    return pair.down.reshape(pair.rank, *shape[1:]) if name == "down" else pair.up.reshape(-1, pair.rank).t()
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

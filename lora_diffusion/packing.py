@@ -6,14 +6,18 @@ again. Adding the n-th so costs its own rows and, at worst, one copy of those al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 Block = tuple[object, int]  # whose rows (by identity), how many
+_NARROW = 32  # columns of a matrix up to which numpy transposes it in about half of torch's time
+_AS_WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,42 @@ def repacked(
     `held` where that has room, else in new memory with room for half as much again.
     """
     if held is None and len(blocks) == 1 and blocks[0][1] == shape[0]:  # most slots, when they come
-        return torch.empty(shape, dtype=kind[0], device=kind[1]).copy_(rows_of(0))
+        return _write(torch.empty(shape, dtype=kind[0], device=kind[1]), rows_of(0))
     fits = held is not None and (held.dtype, held.device, held.shape[1:]) == (*kind, shape[1:])
     arrangement = arrange(before if fits else (), blocks)
     packed = _moved(held if fits else None, shape, kind, arrangement.kept)
     for index, start in arrangement.new.items():
-        packed[start : start + blocks[index][1]] = rows_of(index)
+        _write(packed[start : start + blocks[index][1]], rows_of(index))
     if (filled := sum(rows for _, rows in blocks)) < shape[0]:
         packed[filled:] = 0
     return packed
+
+
+def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """(rows, what goes there) for many layers, as one operation."""
+    if writes:
+        rows, sources = [rows for rows, _ in writes], [source for _, source in writes]
+        torch._foreach_copy_(rows, sources)  # pyright: ignore[reportPrivateUsage], torch's optimisers are made of it
+
+
+@contextmanager
+def unrecorded() -> Generator[None]:
+    """Ordinary tensors, made without gradients; costs little where that is so already, as it is around many slots."""
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        yield
+    else:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            yield
+
+
+def _write(rows: Tensor, source: Tensor) -> Tensor:
+    """`rows` with the numbers of `source`, in the dtype and on the device of `rows`."""
+    narrow = source.dim() == 2 and len(source) <= _NARROW and source.stride(0) == 1
+    whole = _AS_WHOLE_NUMBERS.get(rows.element_size())
+    if not narrow or whole is None or rows.dtype != source.dtype or not rows.is_cpu or not source.is_cpu:
+        return rows.copy_(source)
+    numpy.copyto(rows.view(whole).numpy(), source.detach().view(whole).numpy())
+    return rows
 
 
 def _moved(
@@ -84,9 +115,17 @@ def _moved(
                 room[to : to + rows] = held[start : start + rows]
     else:
         for start, to, rows in kept:
-            if start != to:
-                room[to : to + rows] = room[start : start + rows].clone()  # they may overlap
+            _shift(room, start, to, rows)
     return room[: shape[0]]
+
+
+def _shift(room: Tensor, start: int, to: int, rows: int) -> None:
+    """Move rows within a tensor, in pieces that do not overlap with their place: no second copy of them is made."""
+    step = abs(to - start)
+    pieces = range(0, rows, step) if step else ()
+    for first in pieces if to < start else reversed(pieces):
+        last = min(first + step, rows)
+        room[to + first : to + last] = room[start + first : start + last]
 
 
 def _room(held: Tensor, rows: int, *, ours: bool) -> Tensor | None:

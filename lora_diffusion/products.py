@@ -51,12 +51,30 @@ def gated(hidden: Tensor, gate: Tensor) -> Tensor:
 
 
 def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    """`out` and the product of a linear layer's pair; in place where nothing stands against it."""
-    hidden = gated(F.linear(x, down), gate)
+    """`out` and the product of a linear layer's pair; in place where nothing stands against it.
+
+    Where a gate by image, (batch, 1, R), is 0 for most rows of every image, each image meets its own rows alone.
+    """
+    own = _acting(gate[:, 0]) if gate.dim() == 3 == x.dim() and gate.shape[:2] == (len(x), 1) else None
+    if own is not None:
+        gate, own = gate.gather(2, own[:, None]), own.to(x.device)
+        down, up = down[own].transpose(1, 2), up[own]
+    hidden = gated(F.linear(x, down) if own is None else x @ down, gate.to(x.device))
     if out.dtype != hidden.dtype or not out.is_contiguous() or out.requires_grad:
         return out + (hidden @ up).to(out.dtype)
+    if own is not None:
+        return out.baddbmm_(hidden, up)
     out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up)
     return out
+
+
+def _acting(gate: Tensor) -> Tensor | None:
+    """Indices of the rows that act on each image, (batch, k); None where that is more than half of them."""
+    acts = gate != 0  # (batch, R)
+    most = int(acts.sum(1).max())
+    if len(acts) < 2 or 2 * most > acts.shape[1]:
+        return None
+    return (~acts).int().argsort(dim=1, stable=True)[:, :most]
 
 
 def add_convolution(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor, how: dict[str, Any]) -> Tensor:

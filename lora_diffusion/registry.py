@@ -36,9 +36,9 @@ class Registry(Generic[T]):
         del self._loaded[name]
 
     def __getitem__(self, name: str) -> T:
-        if name not in self:
-            raise TargetError(f"{self.seam}: no {name!r}; there are {', '.join(self)}{did_you_mean(name, self)}")
         if name not in self._loaded:
+            if name not in self:
+                raise TargetError(f"{self.seam}: no {name!r}; there are {', '.join(self)}{did_you_mean(name, self)}")
             module, _, attribute = self._paths[name].partition(":")
             self._loaded[name] = getattr(import_module(module), attribute)
         return self._loaded[name]

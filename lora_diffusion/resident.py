@@ -7,13 +7,14 @@ adapter a new one. The content hash is taken where two adapters must be told apa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.formats.files import load_adapter
+from lora_diffusion.pairs import Pair
 
 Plan = TypeVar("Plan")
 
@@ -25,6 +26,7 @@ class Met(Generic[Plan]):
     adapter: Adapter  # held, so that its identity stays its own
     stamp: tuple[int, ...]
     plan: Plan
+    pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)  # component, layer -> as slots take them
 
     @cached_property
     def key(self) -> str:

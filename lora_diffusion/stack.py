@@ -9,7 +9,7 @@ with AdapterStack(pipe) as stack:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +24,13 @@ from lora_diffusion.dial import Dial
 from lora_diffusion.errors import ConfigError, TargetError, did_you_mean
 from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
-from lora_diffusion.gates import Weight, resolve_weight
+from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import submodule
-from lora_diffusion.lora import Slot, place, slot_of, take_off
+from lora_diffusion.lora import Slot
 from lora_diffusion.resident import Residents
-from lora_diffusion.stacked import Stacked, balance
+from lora_diffusion.seating import Seating
+from lora_diffusion.stacked import Stacked
 from lora_diffusion.targets import Targets, find_targets
 from lora_diffusion.tokens import Vocabulary
 
@@ -43,7 +44,7 @@ class AdapterStack:
         clock = Clock(pipe)
         self._dials = {n: Dial(n, host, clock if n in DENOISERS else None) for n, host in hosts.items()}
         self._stacked: dict[str, Stacked] = {}
-        self._reserved: dict[Site, int] = {}
+        self._seating = Seating(self.components, self._dials)
         self._vocabulary = Vocabulary(pipe)
         self.residents: Residents[Fit] = Residents(self._plan)
         self._fusion: Fusion | None = None
@@ -60,13 +61,13 @@ class AdapterStack:
         if name not in self.components:
             raise TargetError(f"no component {name!r}; there are {', '.join(self.components)}")
         sites = {(name, layer): rank for layer in find_targets(self.components[name], targets)}
-        self._reserved |= sites
-        self._repack(sites)
+        self._seating.reserved |= sites
+        self._seat(sites)
 
     def release(self) -> None:
         """Give the reserve up; layers without an adapter are as they were."""
-        sites, self._reserved = self._reserved, {}
-        self._repack(sites)
+        sites, self._seating.reserved = self._seating.reserved, {}
+        self._seat(sites)
 
     def add(
         self, adapter: Adapter | str | Path, weight: Weight = 1.0, *, name: str | None = None, strict: bool = True
@@ -78,36 +79,45 @@ class AdapterStack:
         Not strict, what cannot be used is left out and stands in `left_out`; an adapter of which nothing fits is an
         error either way. Tokens that the adapter carries are added to tokenizers and text encoders until it goes.
         """
-        self._refuse_if_fused()
-        adapter = self.residents.read(adapter, strict=strict)
-        name = adapter.name if name is None else name
-        if name in self._stacked:
-            raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
-        resolved = resolve_weight(weight, self._layers, name)
-        met = self.residents.meet(adapter)
-        found = met.plan
-        found.check(adapter, self.components) if strict else found.check_any(adapter)
-        self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in self._stacked.values()), name)
-        left_out = {} if strict else adapter.unused | found.unplaced
-        fading = fading_of(adapter.metadata, name)
-        self._stacked[name] = Stacked(name, adapter, weight, resolved, met, left_out, fading=fading)
-        self._repack(found.layers)
-        self._retoken(adapter)
-        return name
+        new = self._checked(adapter, weight, name, strict=strict)
+        self._stacked[new.name] = new
+        self._seat(new.layers)
+        self._retoken(new.adapter)
+        return new.name
+
+    def swap(
+        self,
+        old: str,
+        adapter: Adapter | str | Path,
+        weight: Weight | None = None,
+        *,
+        name: str | None = None,
+        strict: bool = True,
+    ) -> str:
+        """Put an adapter in the place of another, all or nothing; the weight stays unless one is given.
+
+        As `remove` and `add` in one go. Where both have the same ranks on the same layers, their rows are copied over
+        the others', from the host's memory where the adapter was met before. Raises what `add` raises.
+        """
+        gone = self._stacked[self._known(old)]
+        new = self._checked(adapter, gone.weight if weight is None else weight, name, strict=strict, without=old)
+        kept = [new if name == old else stacked for name, stacked in self._stacked.items()]
+        self._stacked = {stacked.name: stacked for stacked in kept}
+        self._seat(gone.layers | new.layers)
+        self._retoken(gone.adapter if gone.adapter.embeddings else new.adapter)
+        return new.name
 
     def remove(self, name: str) -> None:
         """Take one adapter off; layers it alone sat on are as they were."""
         self._refuse_if_fused()
         stacked = self._stacked.pop(self._known(name))
-        self._repack(stacked.layers)
+        self._seat(stacked.layers)
         self._retoken(stacked.adapter)
 
     def clear(self) -> None:
         """Take everything off; the pipeline is bit-identical to what it was."""
         self.unfuse()
-        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
-        self._stacked.clear()
-        self._repack(dict.fromkeys(sites))
+        self._empty()
         self._vocabulary.set([])
 
     def weigh(self, name: str, weight: Weight) -> None:
@@ -117,7 +127,7 @@ class AdapterStack:
     def weigh_all(self, weights: Mapping[str, Weight]) -> None:
         """Turn several adapters at once (name -> weight), or none of them."""
         self._refuse_if_fused()
-        resolved = {name: resolve_weight(w, self._layers, self._known(name)) for name, w in weights.items()}
+        resolved = {name: self._resolve(w, self._known(name)) for name, w in weights.items()}
         for name, weight in weights.items():
             self._stacked[name].weight, self._stacked[name].resolved = weight, resolved[name]
         for dial in self._dials.values():
@@ -131,7 +141,8 @@ class AdapterStack:
         """
         self._refuse_if_fused()
         self.composition = Composition(mode, every, balance)
-        self._rebind(set(self.components))
+        for component, dial in self._dials.items():
+            self._seating.bind(component, dial.slots, list(self._stacked.values()), self.composition)
 
     def fuse(self) -> None:
         """Write the weighted sum into the weights: no cost a call. The originals are kept for `unfuse`.
@@ -145,12 +156,8 @@ class AdapterStack:
             raise ConfigError("fuse: a weight changes by step, image or place, and a fused one cannot; weigh first")
         self._fusion = fuse(
             {
-                f"{component}.{name}": (
-                    submodule(self.components[component], name),
-                    slot,
-                    self.shares(component, name),
-                )
-                for component, dial in self._dials.items()
+                f"{c}.{name}": (submodule(self.components[c], name), slot, self.shares(c, name))
+                for c, dial in self._dials.items()
                 for name, slot in dial.slots.items()
             }
         )
@@ -167,9 +174,7 @@ class AdapterStack:
         """Write the weighted sum into the weights for good and take the adapters off; their tokens stay."""
         self.fuse()
         self._fusion = None
-        sites = {site: None for stacked in self._stacked.values() for site in stacked.layers}
-        self._stacked.clear()
-        self._repack(sites)
+        self._empty()
         self.release()
 
     @property
@@ -179,8 +184,8 @@ class AdapterStack:
 
     def shares(self, component: str, layer: str) -> dict[str, LayerAdapter]:
         """adapter -> its share of one layer."""
-        site = (component, layer)
-        return {name: stacked.layers[site] for name, stacked in self._stacked.items() if site in stacked.layers}
+        found = ((name, stacked.layers.get((component, layer))) for name, stacked in self._stacked.items())
+        return {name: share for name, share in found if share is not None}
 
     def content_hash(self, name: str) -> str:
         """The content hash of an adapter on the stack, as it was when it came."""
@@ -225,6 +230,29 @@ class AdapterStack:
             raise TargetError(f"no adapter {name!r} in the stack; there are {there}{did_you_mean(name, self._stacked)}")
         return name
 
+    def _checked(
+        self,
+        adapter: Adapter | str | Path,
+        weight: Weight,
+        name: str | None,
+        *,
+        strict: bool,
+        without: str | None = None,
+    ) -> Stacked:
+        """An adapter that can come, beside all others but `without`; nothing is changed."""
+        self._refuse_if_fused()
+        adapter = self.residents.read(adapter, strict=strict)
+        name = adapter.name if name is None else name
+        others = [stacked for key, stacked in self._stacked.items() if key != without]
+        if any(stacked.name == name for stacked in others):
+            raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
+        resolved, met = self._resolve(weight, name), self.residents.meet(adapter)
+        found = met.plan
+        found.check(adapter, self.components) if strict else found.check_any(adapter)
+        self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in others), name)
+        left_out = {} if strict else adapter.unused | found.unplaced
+        return Stacked(name, adapter, weight, resolved, met, left_out, fading=fading_of(adapter.metadata, name))
+
     def _plan(self, adapter: Adapter, finite: bool) -> Fit:
         adapter.check_content()
         return fit(adapter, self.components, finite=finite)
@@ -237,38 +265,17 @@ class AdapterStack:
             for component, model in self.components.items()
         }
 
-    def _repack(self, sites: Mapping[Site, Any]) -> None:
-        ordered = list(self._stacked.values())
-        if len(ordered) > 1:
-            ordered.sort(key=lambda stacked: (stacked.met.key, stacked.name))
-        for component, layer_name in sites:
-            layer, site = submodule(self.components[component], layer_name), (component, layer_name)
-            parts = [stacked.part(site, layer) for stacked in ordered if site in stacked.layers]
-            slot, reserve = slot_of(layer), self._reserved.get(site, 0)
-            if slot is not None and hasattr(slot, "_hf_hook"):  # accelerate would bring the rows it knows back
-                take_off(layer)
-                slot = None
-            elif slot is not None:
-                slot.reserve = reserve
-            if not parts and not reserve:
-                if slot is not None:
-                    take_off(layer)
-            elif slot is None:
-                place(layer, Slot(layer, parts, reserve=reserve, gated=False))
-            else:
-                slot.pack(layer, parts)
-        self._rebind({component for component, _ in sites})
+    def _seat(self, sites: Collection[Site]) -> None:
+        self._seating.seat(sites, list(self._stacked.values()), self.composition)
 
-    def _rebind(self, components: set[str]) -> None:
-        weights = {name: stacked.resolved for name, stacked in self._stacked.items()}
-        sites = {site for stacked in self._stacked.values() for site in stacked.layers} | self._reserved.keys()
-        for component in components:
-            model = self.components[component]
-            layers = {name: submodule(model, name) for c, name in sorted(sites) if c == component}
-            slots = {name: slot for name, layer in layers.items() if (slot := slot_of(layer)) is not None}
-            even = balance(list(self._stacked.values()), layers, component) if self.composition.balance else {}
-            fadings = {name: stacked.fading for name, stacked in self._stacked.items() if stacked.fading}
-            self._dials[component].bind(slots, weights, self.composition, even, fadings)
+    def _resolve(self, weight: Weight, name: str) -> Resolved:
+        by_name = isinstance(weight, Mapping | list | tuple)  # only then do the layers' names matter
+        return resolve_weight(weight, self._layers if by_name else {}, name)
+
+    def _empty(self) -> None:
+        sites = {site for stacked in self._stacked.values() for site in stacked.layers}
+        self._stacked.clear()
+        self._seat(sites)
 
     def _retoken(self, adapter: Adapter) -> None:
         if adapter.embeddings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -12,8 +12,9 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.fitting import Fit, Site
 from lora_diffusion.gates import Resolved, Weight
 from lora_diffusion.gates.fading import Fading
-from lora_diffusion.lora import Pair, Part
+from lora_diffusion.lora import Part, Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, is_dense
+from lora_diffusion.pairs import Pair
 from lora_diffusion.products import pair_norm
 from lora_diffusion.resident import Met
 
@@ -28,7 +29,6 @@ class Stacked:
     resolved: Resolved
     met: Met[Fit]  # its places, and its content hash: the canonical order, so that stacking commutes
     left_out: dict[str, str] = field(default_factory=dict)  # of the file, not on -> why; empty unless added leniently
-    pairs: dict[Site, Pair] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)
     fading: Fading | None = None  # which of its rows act at which noise, in a denoiser
 
@@ -39,13 +39,18 @@ class Stacked:
 
     def part(self, site: Site, layer: nn.Module) -> Part:
         """What it puts on a layer: always the same pair, by which the slot knows its rows, or a new branch."""
-        if site not in self.pairs:
-            adapter = self.layers[site]
-            part = METHODS[adapter.method].part(self.name, adapter, layer)
-            if not isinstance(part, Pair):
-                return part
-            self.pairs[site] = part
-        return self.pairs[site]
+        if (pair := self.known(site)) is not None:
+            return pair
+        adapter = self.layers[site]
+        part = METHODS[adapter.method].part(self.name, adapter, layer)
+        if isinstance(part, Pair):
+            self.met.pairs[site] = part
+        return part
+
+    def known(self, site: Site) -> Pair | None:
+        """The pair that it has put on a layer before."""
+        pair = self.met.pairs.get(site)
+        return pair if pair is None or pair.name == self.name else replace(pair, name=self.name)
 
     def norm(self, site: Site, layer: nn.Module) -> float:
         """Frobenius norm of its change of the layer's weight at weight 1; of a pair without making the product."""
@@ -60,6 +65,23 @@ class Stacked:
                 adapter = self.layers[site]
                 self.norms[site] = float(METHODS[adapter.method].delta(adapter, layer).double().norm())
         return self.norms[site]
+
+
+def settled(layer: nn.Module, parts: Sequence[Part], reserve: int) -> Slot | None:
+    """The layer's slot with these parts and a reserve, put on, written anew or taken off as that asks for."""
+    slot = slot_of(layer)
+    if slot is not None and (hasattr(slot, "_hf_hook") or not (parts or reserve)):
+        take_off(layer)  # accelerate would bring the rows it knows back
+        slot = None
+    if not parts and not reserve:
+        return None
+    if slot is None:
+        slot = Slot(layer, parts, reserve=reserve, gated=False)
+        place(layer, slot)
+    else:
+        slot.reserve = reserve
+        slot.pack(layer, parts)
+    return slot
 
 
 def balance(

@@ -1,8 +1,8 @@
 """Which layers an adapter goes on: presets for U-Nets, diffusion transformers and text encoders, and globs.
 
 A target is a preset, presets joined by "+" ("attention+ff+conv"), a glob over layer names
-("up_blocks.*.attn2.to_*"), or a list of these. Every part must match something. Normalisations are found by the preset
-"norm", and by a glob that matches them alone.
+("up_blocks.*.attn2.to_*"), or a list of these. Every part must match something. Normalisations and whole attentions are
+found by the presets "norm" and "attention-blocks", and by a glob that matches nothing else, such as "*.attn2".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lora_diffusion.errors import TargetError, did_you_mean, some
-from lora_diffusion.layers import is_convolution, is_linear, is_norm
+from lora_diffusion.layers import is_attention, is_convolution, is_linear, is_norm
 from lora_diffusion.lora import SLOT
 
 Targets = str | Sequence[str]
@@ -49,7 +49,15 @@ PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "all-linear": lambda name, layer: is_linear(layer),
     "conv": lambda name, layer: is_convolution(layer),
     "norm": lambda name, layer: is_norm(layer),
+    "attention-blocks": lambda name, layer: is_attention(layer),  # as a whole, for prefix tuning
 }
+
+
+_KINDS = (is_linear, is_convolution, is_norm, is_attention)
+
+
+def _is_aside(layer: nn.Module) -> bool:
+    return is_norm(layer) or is_attention(layer)
 
 
 def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
@@ -57,7 +65,7 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if name and SLOT not in name.split(".") and (is_linear(layer) or is_convolution(layer) or is_norm(layer))
+        if name and SLOT not in name.split(".") and any(kind(layer) for kind in _KINDS)
     }
     parts = [part.strip() for target in ([targets] if isinstance(targets, str) else targets) for part in _split(target)]
     if not parts:
@@ -65,7 +73,7 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     chosen: set[str] = set()
     for part in parts:
         matches = {name for name, layer in layers.items() if _matches(part, name, layer)}
-        matches = {name for name in matches if part in PRESETS or not is_norm(layers[name])} or matches
+        matches = {name for name in matches if part in PRESETS or not _is_aside(layers[name])} or matches
         if not matches:
             raise TargetError(_no_match(part, model, layers))
         chosen |= matches

@@ -32,7 +32,7 @@ class Vocabulary:
         for token, vectors in embeddings.items():
             for component, rows in vectors.items():
                 encoder = getattr(self.pipe, component, None)
-                tokenizer = self._tokenizer(component)
+                tokenizer = self._kept[component][0] if component in self._kept else self._tokenizer(component)
                 if not isinstance(encoder, nn.Module) or tokenizer is None:
                     raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r}: there is no {component}")
                 width = _table(encoder).weight.shape[1]

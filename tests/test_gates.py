@@ -35,6 +35,7 @@ from lora_diffusion.gates import (
 )
 from lora_diffusion.gates.blocks import blocks_of, layers_of
 from lora_diffusion.methods.lora import LoRA
+from lora_diffusion.products import add_linear
 from lora_diffusion.targets import find_targets
 from tests import tiny
 
@@ -195,6 +196,21 @@ def test_each_image_of_a_batch_has_its_own_mix(sd: Any) -> None:
     assert np.abs(together[0] - run(mixes[1], [0])[0]).max() > 1e-3
     with pytest.raises(ConfigError, match="2 weights by image"):
         run([[1.0, 0.0], 0.0], range(3))
+
+
+@pytest.mark.parametrize("acting", [1, 2, 8])
+def test_images_that_meet_their_own_rows_alone_get_the_same_sum(acting: int) -> None:
+    random = torch.Generator().manual_seed(acting)
+    x, out = (torch.randn(3, 5, width, generator=random) for width in (6, 7))
+    down, up = (torch.randn(8, width, generator=random) for width in (6, 7))
+    gate = torch.zeros(3, 1, 8)
+    for image in range(3):
+        gate[image, 0, torch.randperm(8, generator=random)[: max(1, acting - image)]] = 1.5
+    expected = out + ((x @ down.t()) * gate) @ up
+    torch.testing.assert_close(add_linear(x, out.clone(), down, up, gate), expected)
+    shown = out.transpose(1, 2).contiguous().transpose(1, 2)  # cannot be added to in place
+    torch.testing.assert_close(add_linear(x, shown, down, up, gate), expected)
+    assert torch.equal(add_linear(x, out.clone(), down, up, torch.zeros(3, 1, 8)), out)
 
 
 @pytest.mark.parametrize("build", [tiny.sd, tiny.sd3, tiny.flux])

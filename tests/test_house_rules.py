@@ -23,12 +23,13 @@ WRITTEN = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "t
 LEVELS = (
     ("errors",),
     ("registry", "layers", "packing", "products"),
-    ("adapter", "branches", "dropping"),
+    ("adapter", "branches", "dropping", "pairs"),
     ("lora", "quantize", "gates", "sheet"),
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
     ("attachment", "beginning", "pipelines", "clock", "tokens", "fusing", "library", "resident", "composing"),
     ("dial", "fitting"),
     ("stacked",),
+    ("seating",),
     ("stack", "training"),
     ("generating", "inspection", "merging"),
     ("quickstart", "axes"),

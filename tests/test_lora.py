@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.dropping import Dropping
-from lora_diffusion.lora import SLOT, Pair, Slot, place, slot_of, take_off
+from lora_diffusion.lora import SLOT, Slot, place, slot_of, take_off
+from lora_diffusion.pairs import Pair
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 20), (3, 5, 12)),

@@ -89,6 +89,21 @@ def test_rows_that_were_rounded_on_the_way_are_written_again() -> None:
     assert torch.equal(pipe.unet(X), plain.unet(X))
 
 
+def test_rows_that_were_laid_out_in_another_precision_are_read_anew() -> None:
+    made = [small_adapter(f"x{i}", 2, 40 + i) for i in range(2)]
+    stack = AdapterStack(pipe := Pipe())
+    pipe.unet.bfloat16()
+    stack.add(made[0])
+    for old, new in ("01", "10", "01", "10"):
+        stack.swap(f"x{old}", made[int(new)])
+    pipe.unet.float()
+    stack.swap("x0", made[1])
+    other = AdapterStack(plain := Pipe())
+    plain.unet.load_state_dict(pipe.unet.state_dict(), strict=False)
+    other.add(made[1])
+    assert torch.equal(pipe.unet(X), plain.unet(X))
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_adapters_come_and_turn_inside_and_outside_of_inference_mode(inside: bool) -> None:
     pipe, plain = Pipe(), Pipe()

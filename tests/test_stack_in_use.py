@@ -95,6 +95,10 @@ def test_tokens_come_and_go_with_the_adapter(sd: Any) -> None:
         with pytest.raises(AdapterMismatchError, match="33 wide"):
             stack.add(Adapter("u", {}, {"<b>": {"text_encoder": torch.zeros(1, 33)}}))
         assert list(stack) == ["t"]
+        stack.swap("t", Adapter("v", {}, {"<fox>": {"text_encoder": 2 * vectors}}))  # its own token may come again
+        assert torch.equal(sd.text_encoder.get_input_embeddings().weight[ids], 2 * vectors)
+        stack.swap("v", adapter(sd))
+        assert len(sd.tokenizer) == vocabulary
     assert sd.tokenizer is tokenizer
     assert table.weight is weight
     assert (table.num_embeddings, sd.text_encoder.config.vocab_size) == (vocabulary, vocabulary)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diffusion import AdapterStack, save_adapter
-from lora_diffusion.errors import AdapterMismatchError, LoraDiffusionError
+from lora_diffusion.errors import AdapterMismatchError, LoraDiffusionError, TargetError
+from lora_diffusion.lora import Slot
 from lora_diffusion.quantize import fingerprint
 from tests.small import ADAPTERS, Pipe, Small, X, small_adapter
 
@@ -20,6 +21,7 @@ WEIGHTS = st.sampled_from([0.0, 1.0, -0.5, 0.8, {"down": 0.3}, "0.5@0-1", [1.0, 
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.sampled_from([*ADAPTERS, *BROKEN]), WEIGHTS),
+        st.tuples(st.just("swap"), st.sampled_from([*ADAPTERS, *BROKEN]), WEIGHTS),
         st.tuples(st.just("weigh"), st.sampled_from(list(ADAPTERS)), WEIGHTS),
         st.tuples(st.sampled_from(["remove", "fuse", "unfuse"]), st.sampled_from(list(ADAPTERS)), st.just(0.0)),
     ),
@@ -37,6 +39,9 @@ def test_any_history_leaves_what_the_adapters_alone_would_give(steps: list[tuple
         try:
             if action == "add":
                 stack.add({**ADAPTERS, **BROKEN}[name], weight)
+            elif action == "swap":
+                old = next(iter(stack), "nothing")
+                stack.swap(old, {**ADAPTERS, **BROKEN}[name], weight)
             elif action == "weigh":
                 stack.weigh(name, weight)
             elif action == "remove":
@@ -45,12 +50,14 @@ def test_any_history_leaves_what_the_adapters_alone_would_give(steps: list[tuple
                 getattr(stack, action)()
         except LoraDiffusionError:
             continue
-        if action in ("add", "weigh"):
+        if action == "swap":
+            expected = {name if n == old else n: weight if n == old else w for n, w in expected.items()}
+        elif action in ("add", "weigh"):
             expected[name] = weight
         elif action == "remove":
             del expected[name]
     stack.unfuse()
-    assert stack.weights == expected
+    assert list(stack.weights.items()) == list(expected.items())
     with torch.no_grad():
         ours = pipe.unet(X)
         fresh = Pipe()
@@ -95,6 +102,10 @@ def test_no_recompilation_over_weight_changes_and_swaps_within_the_reserve() -> 
         stack.add(ADAPTERS["c.v1"], 0.7)
         stack.weigh_all({"c.v1": 0.1, "training": 1.0})
         results.append(compiled(X))
+        for name, other in (("c.v1", "a"), ("a", "c.v1")):
+            stack.swap(name, ADAPTERS[other])
+            results.append(compiled(X))
+        torch.testing.assert_close(results[-1], results[-3])
         stack.clear()
         results.append(compiled(X))
         assert counting.graphs == after_first
@@ -143,6 +154,37 @@ def test_a_known_adapter_is_neither_read_nor_planned_again(tmp_path: Any, monkey
     file.unlink()
     save_adapter(ADAPTERS["training"], file)
     assert stack.content_hash(stack.add(file)) == ADAPTERS["training"].content_hash
+
+
+def test_swapping_equal_ranks_copies_rows_and_changes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [small_adapter(f"x{i}", 2, 30 + i) for i in range(5)]
+    stack, slot = AdapterStack(pipe := Pipe()), pipe.unet.up_blocks[0]["to_out"]
+    for one in made[:4]:
+        stack.add(one, 0.5)
+    for new in (made[4], made[1]):  # met, so that the next time is by copying alone
+        stack.swap("x1" if "x1" in list(stack) else "x4", new)
+    places = (slot.adapters.down.data_ptr(), slot.adapters.up.data_ptr())
+    packed, pack = list[Slot](), Slot.pack
+    monkeypatch.setattr(Slot, "pack", lambda self, *given, **more: (packed.append(self), pack(self, *given, **more)))
+    for turn in range(4):
+        old, new = (made[1], made[4]) if turn % 2 == 0 else (made[4], made[1])
+        with torch.inference_mode(turn > 1):
+            assert stack.swap(old.name, new, None if turn else {"down": 0.3}) == new.name
+        assert list(stack) == ["x0", new.name, "x2", "x3"]
+        assert stack.weights[new.name] == {"down": 0.3}
+        assert (slot.adapters.down.data_ptr(), slot.adapters.up.data_ptr()) == places
+        assert not any(one is slot.adapters for one in packed)
+        with torch.no_grad():
+            other = AdapterStack(fresh := Pipe())
+            for name in reversed(list(stack)):
+                other.add(next(one for one in made if one.name == name), stack.weights[name])
+            assert torch.equal(pipe.unet(X), fresh.unet(X))
+    for wrong, error in (("x9", "no adapter 'x9'"), ("x1", "is on already")):
+        with pytest.raises(TargetError, match=error):
+            stack.swap(wrong, made[0])
+    with pytest.raises(AdapterMismatchError):
+        stack.swap("x0", BROKEN["shape"])
+    assert list(stack) == ["x0", "x1", "x2", "x3"]
 
 
 def test_a_tensor_written_in_place_is_seen() -> None:

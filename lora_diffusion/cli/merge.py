@@ -28,12 +28,12 @@ def merge(
     weighted = [parse_adapter(text) for text in adapters]
     refuse_existing(out, overwrite)
 
-    from lora_diffusion.cli.progress import bar, say
+    from lora_diffusion.cli.progress import bar, say, saying_warnings
     from lora_diffusion.formats.files import load_adapter, save_adapter
     from lora_diffusion.merging import merge as merge_adapters
 
     loaded = [load_adapter(path) for path, _ in weighted]
-    with bar() as progress:
+    with bar() as progress, saying_warnings():
         task = progress.add_task("merging", total=None, note="")
         merged = merge_adapters(
             loaded,

@@ -31,6 +31,7 @@ def methods(
     denoiser = next((models[name] for name in DENOISERS if name in models), None)
     table = Table("method", "tensors", *(["parameters"] if denoiser is not None else []), "what it is")
     for row in registered(denoiser, targets, rank):
-        counted = ["–" if row.parameters is None else f"{row.parameters:,}"] if denoiser is not None else []
+        where = f" on {row.targets}" if row.targets != targets else ""
+        counted = ["–" if row.parameters is None else f"{row.parameters:,}{where}"] if denoiser is not None else []
         table.add_row(row.name, ", ".join(row.tensors), *counted, row.about)
     Console().print(table)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
@@ -34,6 +37,14 @@ console = Console()
 def say(text: str) -> None:
     """Print as it is: no markup, no wrapping inside file names."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def saying_warnings() -> Generator[None]:
+    """Warnings come as lines like the others."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
+        yield
 
 
 def bar() -> Progress:

@@ -30,7 +30,7 @@ def resize(
     path, _ = parse_adapter(adapter)
     refuse_existing(out, overwrite)
 
-    from lora_diffusion.cli.progress import bar, say
+    from lora_diffusion.cli.progress import bar, say, saying_warnings
     from lora_diffusion.errors import ConfigError
     from lora_diffusion.formats.files import load_adapter, save_adapter
     from lora_diffusion.merging import cut
@@ -38,7 +38,7 @@ def resize(
 
     if nested and (rank is None or energy is not None or frobenius is not None):
         raise ConfigError("resize: --nested keeps the first rows; give it --rank and neither --energy nor --frobenius")
-    with bar() as progress:
+    with bar() as progress, saying_warnings():
         task = progress.add_task("resizing", total=None, note="")
         whole = load_adapter(path)
 

@@ -6,8 +6,9 @@ live layers that own its rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from torch import nn
 
@@ -61,27 +62,40 @@ class _Live:
     def __init__(self, model: nn.Module) -> None:
         self.kind = type(model).__name__
         self.modules = {name: module for name, module in model.named_modules() if name}
-        self._flat: dict[str, list[str]] = {}
-        for name in self.modules:
-            self._flat.setdefault(same_layer(name), []).append(name)
+        self._names = tuple(self.modules)
+        self._flat = _flattened(self._names)
 
     @cached_property
-    def _originals(self) -> dict[str, list[tuple[str, Place]]]:
-        index: dict[str, list[tuple[str, Place]]] = {}
-        for name, place in places(self.kind, self.modules).items():
-            index.setdefault(same_layer(name), []).append((name, place))
-        return index
+    def _by_original(self) -> Mapping[str, Sequence[tuple[str, Place]]]:
+        return _originals(self.kind, self._names)
 
     def find(self, name: str) -> Place | None:
         """The place that a file's name means; AdapterMismatchError for two of them."""
-        candidates = self._flat.get(same_layer(name), [])
+        flat = same_layer(name)
+        candidates = self._flat.get(flat, ())
         if name in candidates or len(candidates) == 1:  # most files need no table of originals
             return Place((name if name in candidates else candidates[0],))
-        found = [(c, Place((c,))) for c in candidates] or self._originals.get(same_layer(name), [])
+        found = [(c, Place((c,))) for c in candidates] or self._by_original.get(flat, ())
         for other, place in found[1:]:
             if place != found[0][1]:  # one layer may have several original names that flatten alike
                 raise AdapterMismatchError(f"{name!r} could be {found[0][0]!r} or {other!r} of the model")
         return found[0][1] if found else None
+
+
+@lru_cache(maxsize=16)  # by all names of a model: what is built of the same names is the same
+def _flattened(names: tuple[str, ...]) -> Mapping[str, Sequence[str]]:
+    index: dict[str, list[str]] = {}
+    for name in names:
+        index.setdefault(same_layer(name), []).append(name)
+    return index
+
+
+@lru_cache(maxsize=16)
+def _originals(kind: str, names: tuple[str, ...]) -> Mapping[str, Sequence[tuple[str, Place]]]:
+    index: dict[str, list[tuple[str, Place]]] = {}
+    for name, place in places(kind, dict.fromkeys(names)).items():
+        index.setdefault(same_layer(name), []).append((name, place))
+    return index
 
 
 def _named(layers: dict[str, LayerAdapter], live: _Live, result: Resolution, strict: bool) -> dict[str, LayerAdapter]:

@@ -35,6 +35,8 @@ _WHOLE: dict[str, tuple[frozenset[str], ...]] = {
     "oft": (frozenset({"blocks"}), frozenset({"diag"}), frozenset({"R"})),
     "vera": (frozenset({"d", "b", "projection"}),),
     "bottleneck": (frozenset({"down", "down_bias", "up", "up_bias"}),),
+    "tlora": (frozenset({"down", "sigma", "up"}),),
+    "prefix": (frozenset({"k", "v"}),),
     "glora": (frozenset({"a1", "a2", "b1", "b2"}),),
     "full": (frozenset({"diff"}), frozenset({"diff_b"})),
     "norm": (frozenset({"w_norm"}), frozenset({"b_norm"})),
@@ -50,6 +52,7 @@ _RANK: dict[str, tuple[tuple[str, int], ...]] = {
     "lokr": (("w2_b", 0), ("w1_b", 0)),
     "glora": (("a2", 0),),
     "bottleneck": (("down", 0),),
+    "tlora": (("down", 0),),
 }
 _WHOLE_NUMBERS = ("on_input", "shape", "projection")
 
@@ -84,15 +87,19 @@ def _grouped(tensors: Mapping[str, Tensor], parsed: Parsed) -> dict[tuple[str, s
             what = refused(key)
             parsed.unused[key] = f"it belongs to {what}" if what else "no adapter tensor is spelled like that"
             continue
-        component = components.get(name.component, name.component)
-        group = groups.setdefault((component, same_layer(name.layer)), _Group(name.layer))
-        if name.part in group.parts:
-            parsed.unused[key] = f"it says the same as {group.parts[name.part][0]!r}"
+        component, layer, method, part = name
+        component = components.get(component, component)
+        group = groups.get(place := (component, same_layer(layer)))
+        if group is None:
+            group = groups[place] = _Group(layer)
+        if part in group.parts:
+            parsed.unused[key] = f"it says the same as {group.parts[part][0]!r}"
             continue
-        if "." in name.layer:
-            group.layer = name.layer  # where both spellings occur, the one that can be read back
-        group.parts[name.part] = (key, tensors[key])
-        group.methods |= {name.method} - {"*"}
+        if "." in layer:
+            group.layer = layer  # where both spellings occur, the one that can be read back
+        group.parts[part] = (key, tensors[key])
+        if method != "*":
+            group.methods.add(method)
     return groups
 
 
@@ -157,21 +164,18 @@ def _method(methods: set[str], parts: Mapping[str, object]) -> str:
 def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> str | None:
     if len(methods - {"lora"} if method == "locon" else methods) > 1:
         return f"tensors of {' and '.join(sorted(methods))} on one layer"
-    missing = min((whole - tensors.keys() for whole in _WHOLE[method]), key=len)
+    missing = min([whole - tensors.keys() for whole in _WHOLE[method]], key=len)
     if method == "ia3" and "on_input" in missing:
         return "a plain weight is no adapter's tensor"
     if missing:
         return f"{method} needs {', '.join(sorted(missing))} beside it, which is not in the file"
-    empty = sorted(part for part, tensor in tensors.items() if tensor.numel() == 0)
+    empty = [part for part, tensor in tensors.items() if not tensor.numel()]
     if empty:
-        return f"{', '.join(empty)} has no elements"
-    whole = sorted(
-        part for part, tensor in tensors.items() if not (tensor.is_floating_point() or part in _WHOLE_NUMBERS)
-    )
+        return f"{', '.join(sorted(empty))} has no elements"
+    whole = [part for part, tensor in tensors.items() if not (tensor.is_floating_point() or part in _WHOLE_NUMBERS)]
     if whole:
-        return (
-            f"{whole[0]} holds {str(tensors[whole[0]].dtype).removeprefix('torch.')}, expected floating-point numbers"
-        )
+        kind = str(tensors[min(whole)].dtype).removeprefix("torch.")
+        return f"{min(whole)} holds {kind}, expected floating-point numbers"
     return _unlike_ranks(tensors) if "down" in tensors else None
 
 

@@ -17,8 +17,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeGuard, cast
 
 from lora_diffusion.errors import AdapterFileError, some
 
@@ -76,6 +77,7 @@ def read(path: Path, accept: Callable[[Header], object] | None = None) -> tuple[
 
     `accept` sees the header first and may raise, so that a file of no use costs no more than its header.
     """
+    import numpy
     import torch
 
     with _opened(path) as file:
@@ -83,10 +85,11 @@ def read(path: Path, accept: Callable[[Header], object] | None = None) -> tuple[
         if accept:
             accept(header)
         size = max((entry.end for entry in header.entries.values()), default=0)
-        buffer = torch.empty(-(-size // 8) * 8, dtype=torch.uint8)  # whole elements of every dtype
+        memory = numpy.empty(-(-size // 8) * 8, dtype=numpy.uint8)  # whole elements of every dtype; in huge pages
         file.seek(header.data)
-        if not _fill(file, buffer.numpy().data[:size]):
+        if not _fill(file, memory.data[:size]):
             raise AdapterFileError(f"{path.name}: the file became shorter while it was read")
+        buffer = torch.from_numpy(memory)
     typed = {dtype: buffer.view(getattr(torch, name)) for dtype, (_, name) in DTYPES.items()}
     return {name: _view(typed[entry.dtype], entry) for name, entry in header.entries.items()}, header.metadata
 
@@ -222,28 +225,29 @@ def _short(error: Exception) -> str:
 
 
 def _entry(name: str, value: object, file: str) -> Entry:
-    where = f"{file}: tensor {name[:200]!r}"
+    fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    dtype, shape, ends = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    fault = _fault(name, dtype, shape, ends)
+    if fault:
+        raise AdapterFileError(f"{file}: tensor {name[:200]!r}: {fault}")
+    return Entry(cast("str", dtype), tuple(cast("list[int]", shape)), *cast("list[int]", ends))
+
+
+def _fault(name: str, dtype: object, shape: object, ends: object) -> str | None:
     if len(name) > MAX_NAME:
-        raise AdapterFileError(f"{where}…: a name of {len(name):,} characters; the header is damaged")
-    fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets):
-        raise AdapterFileError(f"{where}: dtype, shape or range is missing or of the wrong kind; the header is damaged")
+        return f"a name of {len(name):,} characters; the header is damaged"
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(ends):
+        return "dtype, shape or range is missing or of the wrong kind; the header is damaged"
     if dtype not in DTYPES:
-        raise AdapterFileError(f"{where}: dtype {dtype[:40]!r}; adapters hold {', '.join(DTYPES)}")
-    dims, ends = cast("list[int]", shape), cast("list[int]", offsets)
-    if len(dims) > MAX_DIMENSIONS or len(ends) != 2:
-        raise AdapterFileError(f"{where}: {len(dims)} dimensions, {len(ends)} range ends; the header is damaged")
-    needed = math.prod(dims) * DTYPES[dtype][0]
-    if ends[1] - ends[0] != needed:
-        raise AdapterFileError(
-            f"{where}: {dtype} {dims} needs {needed:,} bytes, its range has {ends[1] - ends[0]:,}; it is damaged"
-        )
-    return Entry(dtype, tuple(dims), ends[0], ends[1])
+        return f"dtype {dtype[:40]!r}; adapters hold {', '.join(DTYPES)}"
+    if len(shape) > MAX_DIMENSIONS or len(ends) != 2:
+        return f"{len(shape)} dimensions, {len(ends)} range ends; the header is damaged"
+    needed, has = math.prod(shape) * DTYPES[dtype][0], ends[1] - ends[0]
+    return None if needed == has else f"{dtype} {shape} needs {needed:,} bytes, its range has {has:,}; it is damaged"
 
 
-def _are_sizes(value: object) -> bool:
-    if not isinstance(value, list) or any(type(size) is not int for size in cast("list[object]", value)):
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or not {*map(type, cast("list[object]", value))} <= {int}:
         return False
     sizes = cast("list[int]", value)
     return not sizes or (min(sizes) >= 0 and max(sizes) < 1 << 48)
@@ -271,12 +275,12 @@ def _view(elements: Tensor, entry: Entry) -> Tensor:
     if entry.begin % width:  # the format asks for no alignment; torch does
         part = elements.view(torch.uint8)[entry.begin : entry.end].clone()
         return part.view(elements.dtype).view(entry.shape)
-    strides: list[int] = []
-    step = 1
-    for length in reversed(entry.shape):
-        strides.insert(0, step)
-        step *= length
-    return elements.as_strided(entry.shape, strides, entry.begin // width)
+    return elements.as_strided(entry.shape, _strides(entry.shape), entry.begin // width)
+
+
+@lru_cache(maxsize=256)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _serialise(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, is_finite, not_finite
+from lora_diffusion.adapter import Adapter, is_finite, not_finite_layers
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import FORMATS, Format, Parsed, container
 from lora_diffusion.formats.embeddings import UNNAMED
@@ -36,8 +36,9 @@ def load_adapter(path: str | Path, *, strict: bool = True) -> Adapter:
     """
     path = Path(path)
     file, beside = _find(path)
-    tensors, metadata = container.read(file, lambda header: _recognise(header.entries, header.metadata, file))
-    adapter = understand(tensors, {**metadata, **beside}, file, strict=strict)
+    found: list[Format] = []
+    tensors, metadata = container.read(file, lambda head: found.append(_recognise(head.entries, head.metadata, file)))
+    adapter = _understand(found[0], tensors, {**metadata, **beside}, file, strict)
     return replace(adapter, name=path.name if path.is_dir() else path.stem, source=path)
 
 
@@ -45,7 +46,12 @@ def understand(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path, *, strict: bool = True
 ) -> Adapter:
     """The adapter that named tensors are, in whatever spelling; `file` gives it its name and errors their subject."""
-    spelling = _recognise(tensors, metadata, file)
+    return _understand(_recognise(tensors, metadata, file), tensors, metadata, file, strict)
+
+
+def _understand(
+    spelling: Format, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path, strict: bool
+) -> Adapter:
     try:
         parsed = spelling.load(tensors, metadata)
     except AdapterFileError as error:
@@ -115,7 +121,7 @@ def _named(embeddings: dict[str, dict[str, Tensor]], name: str, file: Path) -> d
 
 def _set_aside_what_is_not_finite(parsed: Parsed) -> None:
     for component, layers in parsed.layers.items():
-        bad = {name: fault for name, layer in layers.items() if (fault := not_finite(layer))}
+        bad = not_finite_layers(layers)
         parsed.unused |= {f"{component}.{name}": fault for name, fault in bad.items()}
         parsed.layers[component] = {name: layer for name, layer in layers.items() if name not in bad}
     for token, vectors in parsed.embeddings.items():

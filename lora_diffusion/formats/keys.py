@@ -44,6 +44,11 @@ PARTS: dict[str, tuple[str, str]] = {
     "vera_lambda_b": ("vera", "b"),
     "vera_projection": ("vera", "projection"),
     "bm.weight": ("glora", "bm"),
+    "q_layer.weight": ("tlora", "down"),
+    "lambda_layer": ("tlora", "sigma"),
+    "p_layer.weight": ("tlora", "up"),
+    "prefix_k": ("prefix", "k"),
+    "prefix_v": ("prefix", "v"),
     **{
         f"adapter_{side}.{key}": ("bottleneck", f"{side}{end}") for side in ("down", "up") for key, end in _ENDS.items()
     },
@@ -148,9 +153,9 @@ def split(key: str) -> Key | None:
         for pattern, replacement in _REWRITES:
             key = pattern.sub(replacement, key)
     words = key.split(".")
-    for count in (3, 2, 1):
+    for count in range(min(3, len(words) - 1), 0, -1):
         found = PARTS.get(".".join(words[-count:]))
-        if found and len(words) > count:
+        if found:
             component, layer = _component(".".join(words[:-count]))
             return Key(component, layer, *found) if layer else None
     return None

@@ -51,6 +51,7 @@ _SUFFIXES: dict[str, dict[str, str]] = {
     "ia3": {"weight": "weight", "on_input": "on_input"},
     "oft": {"blocks": "oft_blocks", "diag": "oft_diag", "rescale": "rescale", "R": "oft_R.weight"},
     "glora": {part: f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
+    "tlora": {"down": "q_layer.weight", "sigma": "lambda_layer", "up": "p_layer.weight"},
     "vera": {"d": "vera_lambda_d", "b": "vera_lambda_b", "projection": "vera_projection"},
     "bottleneck": {
         "down": "adapter_down.weight",
@@ -58,6 +59,7 @@ _SUFFIXES: dict[str, dict[str, str]] = {
         "up": "adapter_up.weight",
         "up_bias": "adapter_up.bias",
     },
+    "prefix": {"k": "prefix_k", "v": "prefix_v"},
     "full": {"diff": "diff", "diff_b": "diff_b"},
     "norm": {"w_norm": "w_norm", "b_norm": "b_norm"},
     "set": {"value": "set_weight", "shape": "reshape_weight"},

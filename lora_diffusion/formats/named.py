@@ -19,7 +19,8 @@ from lora_diffusion.errors import AdapterFileError
 from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.keys import split
-from lora_diffusion.formats.peft_config import sidecar_scales
+from lora_diffusion.formats.peft_adalora import with_values_inside
+from lora_diffusion.formats.peft_config import OneScale, sidecar_scales
 from lora_diffusion.formats.peft_vera import with_projection
 
 
@@ -42,6 +43,7 @@ class Named:
         scales = sidecar_scales(metadata)
         if self.name == "peft":
             tensors = with_projection(tensors, metadata)
+            tensors = with_values_inside(tensors, is_adalora=isinstance(scales, OneScale))
         return assemble(tensors, (lambda _, layer, rank: scales.alpha(layer, rank)) if scales else lambda *_: None)
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

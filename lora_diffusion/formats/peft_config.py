@@ -57,6 +57,20 @@ class Scales:
         return alpha * math.sqrt(rank) if self._rslora else alpha
 
 
+class OneScale:
+    """AdaLoRA's: lora_alpha / (init_r + 1e-5) for every layer, whatever rank is left of it."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        alpha, rank = _number(config.get("lora_alpha", 8), "lora_alpha", where), config.get("init_r", 12)
+        if alpha <= 0 or _number(rank, "init_r", where) < 1:
+            raise AdapterFileError(f"{where}: lora_alpha {alpha:g} and init_r {rank}; expected both above 0")
+        self._scale = alpha / (rank + 1e-5)
+
+    def alpha(self, layer: str, rank: int) -> float:
+        """Alpha of a layer of that rank, so that alpha / rank is the scale."""
+        return self._scale * rank
+
+
 class _Pattern:
     """Pattern -> number, as PEFT looks it up, in time linear in the number of layers."""
 
@@ -93,7 +107,7 @@ def scales_of(metadata: Mapping[str, str]) -> dict[str, Scales]:
     return {component: Scales(config, f"{METADATA_KEY} {component}") for component, config in configs.items()}
 
 
-def sidecar_scales(metadata: Mapping[str, str]) -> Scales | None:
+def sidecar_scales(metadata: Mapping[str, str]) -> Scales | OneScale | None:
     """Scales from the `adapter_config.json` of a PEFT folder, of one component; None without one, and of VeRA."""
     if SIDECAR_KEY not in metadata:
         return None
@@ -101,8 +115,11 @@ def sidecar_scales(metadata: Mapping[str, str]) -> Scales | None:
     kind = config.get("peft_type", "LORA")
     if kind == "VERA":
         return None
+    if kind == "ADALORA":
+        return OneScale(config, "adapter_config.json")
     if kind != "LORA":
-        raise AdapterFileError(f"adapter_config.json: peft_type is {str(kind)[:40]!r}, expected 'LORA' or 'VERA'")
+        expected = "expected 'LORA', 'ADALORA' or 'VERA'"
+        raise AdapterFileError(f"adapter_config.json: peft_type is {str(kind)[:40]!r}, {expected}")
     return Scales(config, "adapter_config.json")
 
 

@@ -3,7 +3,7 @@
 adapter_model.safetensors    base_model.model.<layer>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector
 adapter_config.json          rank and alpha of every layer (the tensors have none), and which layers there are
 
-VeRA is in `peft_vera.py`.
+VeRA is in `peft_vera.py`, AdaLoRA, which is only read, in `peft_adalora.py`.
 """
 
 from __future__ import annotations

@@ -98,6 +98,9 @@ def entry_gate(level: Level, call: Call, layer: str, batch: int, shape: Sequence
                 f"{len(level)} weights by image, but {layer!r} gets a batch of {batch}; give one weight an image, "
                 "and to the text encoder one a prompt"
             )
+        if not any(is_live(one) for one in level):
+            numbers = torch.tensor([number_at(one, call.progress) for one in level])
+            return numbers.repeat(batch // len(level)).view(-1, 1, 1)
         rows = [entry_gate(one, call, layer, 1, shape) for one in level]
         tokens = max(row.shape[1] for row in rows)
         return torch.cat([row.expand(1, tokens, 1) for row in rows]).repeat(batch // len(level), 1, 1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, did_you_mean
 from lora_diffusion.merging.factors import Factors, concatenated, factored, truncated
+from lora_diffusion.merging.fullrank import at_full_rank
 from lora_diffusion.merging.rules import RULES
 from lora_diffusion.merging.shares import Change, Dense, models_of, shares_of
 
@@ -63,10 +64,12 @@ def merge(
     "slerp" exact and gives the others the sum of their ranks. `density` in (0, 1] is the share of elements that
     trimming keeps. `base` is the pipeline or Diffusers folder that the adapters are for: methods other than low-rank
     pairs need it. One layer is dense at a time. ConfigError for settings that cannot be, AdapterMismatchError where
-    one layer has two shapes or a token two meanings, or where a layer is not the base's.
+    one layer has two shapes or a token two meanings, or where a layer is not the base's. A T-LoRA is taken at full
+    rank, with a UserWarning.
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights, method, rank, density)
+    adapters = [at_full_rank(adapter, "merge") for adapter in adapters]
     how = _How(method, rank, density, torch.Generator().manual_seed(seed))
     shares = shares_of(adapters, weights, None if base is None else models_of(base))
     layers: dict[str, dict[str, LayerAdapter]] = {}

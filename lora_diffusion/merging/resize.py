@@ -14,6 +14,7 @@ import torch
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.merging.factors import Factors, from_svd
+from lora_diffusion.merging.fullrank import at_full_rank
 from lora_diffusion.merging.shares import Change, Dense, Models, models_of, shares_of
 
 Listen = Callable[[int, int], None]  # layers done, of how many
@@ -89,6 +90,7 @@ def _by_layer(
 ) -> Resized:
     """`shrink` gives a layer's smaller factors, the energy they keep and the whole energy."""
     adapter.check()
+    adapter = at_full_rank(adapter, "resize")
     layers: dict[str, dict[str, LayerAdapter]] = {}
     ranks: dict[tuple[str, str], int] = {}
     kept = whole = 0.0

@@ -74,6 +74,7 @@ METHODS: Registry[type[Method]] = Registry(
         "full": "lora_diffusion.methods.full:Full",
         "norm": "lora_diffusion.methods.norm:Norm",
         "bottleneck": "lora_diffusion.methods.bottleneck:Bottleneck",
+        "prefix": "lora_diffusion.methods.prefix:Prefix",
     },
 )
 
@@ -82,9 +83,9 @@ class Course(Protocol):
     """What a method does beside the optimiser while it is trained, such as giving out ranks.
 
     A method has one by defining `course(layers, steps)`, `layers` being the trained tensors of each layer by their
-    names. (A method may also define `spanning(layers)`, `frozen`, `fading`, `dense` and, for tensors that files hold in
-    another form, `written(adapter, whole=…)` and its reverse `resumed(written, fresh)`: see VeRA, LoRA, T-LoRA, the
-    bottleneck and AdaLoRA.)
+    names. (A method may also define `spanning(layers)`, `frozen`, `fading` and its branches a `fade(fading, noise)`,
+    `dense` and, for tensors that files hold in another form, `written(adapter, whole=…)` and its reverse
+    `resumed(written, fresh)`: see VeRA, LoRA, T-LoRA, the bottleneck and AdaLoRA.)
     """
 
     def penalty(self) -> Tensor:

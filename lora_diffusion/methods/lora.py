@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.layers import kernel_shape, out_width, weight_shape
-from lora_diffusion.lora import Pair, Part
+from lora_diffusion.lora import Part
 from lora_diffusion.methods.ranked import Ranked, alpha_over, check_pair, kaiming, on_host
 from lora_diffusion.methods.starts import Start, gaussian, olora, pissa
+from lora_diffusion.pairs import Pair
 from lora_diffusion.quantize import dequantize
 
 

@@ -37,7 +37,7 @@ class TLoRABranch(DeltaBranch):
 
     def fade(self, fading: Fading, noise: Tensor) -> None:
         """Let the ranks act that do at each picture's `noise`, (batch,) in [0, 1]."""
-        rank = len(self.held["sigma"])
+        rank = self.held["sigma"].numel()
         active = torch.tensor([fading.ranks(rank, level) for level in noise.tolist()])
         self.keep = torch.arange(rank) < active[:, None]
 
@@ -51,7 +51,7 @@ class TLoRABranch(DeltaBranch):
 
     def _through(self, layer: nn.Module, x: Tensor, names: tuple[str, ...]) -> Tensor:
         down, sigma, up = (self.held[name] for name in names)
-        rows = (sigma[:, None] * down.flatten(1)).reshape(-1, *kernel_shape(layer))
+        rows = (sigma.view(-1, 1) * down.flatten(1)).reshape(-1, *kernel_shape(layer))
         hidden = convolved(layer, x, rows.to(x.dtype))
         return pointwise(layer, hidden if self.keep is None else self._kept(layer, hidden, self.keep), up)
 
@@ -76,7 +76,7 @@ class TLoRA(Ranked):
     parts: Literal["principal", "middle", "last"] = "last"
 
     name: ClassVar[str] = "tlora"
-    tensors: ClassVar[Mapping[str, bool]] = dict.fromkeys((*TRIPLE, *STARTS), True)
+    tensors: ClassVar[Mapping[str, bool]] = dict.fromkeys(TRIPLE, True) | dict.fromkeys(STARTS, False)
     frozen: ClassVar[tuple[str, ...]] = STARTS
 
     def __post_init__(self) -> None:
@@ -88,31 +88,28 @@ class TLoRA(Ranked):
 
     @property
     def fading(self) -> Fading:
-        """Of the ranks, a row each."""
-        return Fading(self.rank // 2 if self.min_rank is None else self.min_rank, self.power)
+        """Of the ranks, each two rows in the file: the trained one and the first."""
+        return Fading(self.rank // 2 if self.min_rank is None else self.min_rank, self.power, rows=2)
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """Singular parts as the settings say; a random matrix is normal with deviation 1 / rank."""
-        out, *row = weight_shape(layer)
-        sides = (out, math.prod(row))
+        sides = _sides(layer)
         if self.rank > min(sides):
             raise ConfigError(f"tlora: rank {self.rank}: a matrix of {sides} has {min(sides)} singular parts only")
         random = self.source == "random"
         matrix = torch.randn(sides, generator=generator) / self.rank if random else dequantize(layer).flatten(1)
-        U, S, Vh = torch.linalg.svd(matrix.float(), full_matrices=False)
-        spare = len(S) - self.rank
-        first = {"principal": 0, "middle": spare // 2, "last": spare}[self.parts]
-        chosen = slice(first, first + self.rank)
-        made = {"down": Vh[chosen].reshape(-1, *row), "sigma": S[chosen], "up": U[:, chosen]}
-        made["up"] = made["up"].reshape(*made["up"].shape, *(1 for _ in row[1:]))
-        tensors = {part: on_host(tensor).clone().contiguous() for part, tensor in made.items()}
+        tensors = _singular(matrix, layer, self.rank, self.parts)
         starts = {f"start_{part}": tensor.clone() for part, tensor in tensors.items()}
         return LayerAdapter(self.name, tensors | starts, self.stored_alpha, "tensor")
 
     @staticmethod
     def check(adapter: LayerAdapter, layer: nn.Module) -> str | None:
-        """None where both triples fit the layer."""
+        """None where both triples fit the layer, or one that is to begin with the layer's own singular parts."""
         rank, (out, *row) = adapter.tensors["down"].shape[0], weight_shape(layer)
+        if (there := [name for name in STARTS if name in adapter.tensors]) and len(there) < len(STARTS):
+            return f"{', '.join(there)} alone; expected {', '.join(STARTS)} or none of them"
+        if not there and rank > min(_sides(layer)):
+            return f"down of rank {rank}; expected at most {min(_sides(layer))} for a weight of {weight_shape(layer)}"
         shapes = {"down": (rank, *row), "sigma": (rank,), "up": (out, rank)}
         return check_shapes(adapter, layer, shapes | {f"start_{part}": shape for part, shape in shapes.items()})
 
@@ -124,12 +121,12 @@ class TLoRA(Ranked):
     @classmethod
     def part(cls, name: str, adapter: LayerAdapter, layer: nn.Module) -> Part:
         """The branch."""
-        return TLoRABranch(name, adapter.tensors, cls.scale(adapter))
+        return TLoRABranch(name, _with_starts(adapter.tensors, layer), cls.scale(adapter))
 
     @classmethod
     def delta(cls, adapter: LayerAdapter, layer: nn.Module) -> Tensor:
         """The formula above at full rank, float32."""
-        return cls.scale(adapter) * _dense(adapter.tensors, layer)
+        return cls.scale(adapter) * _dense(_with_starts(adapter.tensors, layer), layer)
 
     @classmethod
     def written(cls, adapter: LayerAdapter, *, whole: bool = False) -> LayerAdapter | None:
@@ -157,9 +154,34 @@ class TLoRA(Ranked):
         return LayerAdapter(cls.name, {**fresh.tensors, **trained}, fresh.alpha, fresh.alpha_source)
 
 
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    out, *row = weight_shape(layer)
+    return out, math.prod(row)
+
+
+def _singular(matrix: Tensor, layer: nn.Module, rank: int, parts: str) -> dict[str, Tensor]:
+    """`rank` singular parts of a matrix of the layer's sides, float32 on the CPU, in the shapes of a pair's factors."""
+    row = weight_shape(layer)[1:]
+    U, S, Vh = torch.linalg.svd(matrix.float(), full_matrices=False)
+    spare = len(S) - rank
+    first = {"principal": 0, "middle": spare // 2, "last": spare}[parts]
+    chosen = slice(first, first + rank)
+    made = {"down": Vh[chosen].reshape(-1, *row), "sigma": S[chosen], "up": U[:, chosen]}
+    made["up"] = made["up"].reshape(*made["up"].shape, *(1 for _ in row[1:]))
+    return {part: on_host(tensor).clone().contiguous() for part, tensor in made.items()}
+
+
+def _with_starts(tensors: Mapping[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
+    """LyCORIS' files do not hold where they began: there it is the weight's own principal parts."""
+    if STARTS[0] in tensors:
+        return dict(tensors)
+    starts = _singular(dequantize(layer).flatten(1), layer, len(tensors["down"]), "principal")
+    return {**tensors, **{f"start_{part}": tensor.to(tensors["down"].device) for part, tensor in starts.items()}}
+
+
 def _dense(tensors: Mapping[str, Tensor], layer: nn.Module) -> Tensor:
     first, second = (
-        tensors[up].float().flatten(1) @ (tensors[sigma].float()[:, None] * tensors[down].float().flatten(1))
+        tensors[up].float().flatten(1) @ (tensors[sigma].float().view(-1, 1) * tensors[down].float().flatten(1))
         for down, sigma, up in (TRIPLE, STARTS)
     )
     return (first - second).reshape(weight_shape(layer))

@@ -31,7 +31,9 @@ _BY_OTHERS = ("loftq", "eva")  # starts that need more than the layer
 
 def check_adapter(settings: AdapterConfig, denoiser: nn.Module) -> None:
     """What `attach_for` would refuse of method, targets and ranks, before pictures are encoded. Changes nothing."""
-    by_layer(_method(settings), find_targets(denoiser, settings.targets), settings.ranks, settings.alphas)
+    method = _method(settings)
+    if settings.targets != []:
+        by_layer(method, find_targets(denoiser, settings.targets), settings.ranks, settings.alphas)
 
 
 def _method(settings: AdapterConfig) -> Method:
@@ -42,11 +44,15 @@ def _method(settings: AdapterConfig) -> Method:
 
 
 def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Callable[[], object]) -> Attachment:
-    """Slots in training mode. `run` shows the denoiser a few batches, for starts that need the data.
+    """Slots in training mode, none for no targets. `run` shows the denoiser a few batches, for starts from the data.
 
     ConfigError for settings that the method does not know.
     """
     settings, method = config.adapter, _method(config.adapter)
+    if settings.targets == []:
+        attachment = Attachment(denoiser, component, {}, {})
+        denoiser.requires_grad_(False)
+        return attachment
     attachment = attach(
         denoiser,
         method,
@@ -108,7 +114,7 @@ def words_for(config: TrainConfig, pipe: Any, family: Family, texts: Sequence[st
 def format_for(attachment: Attachment | Trained, wanted: str | None) -> str:
     """The format to save in, tried before the first step is made: AdapterFileError if none can say the method."""
     adapter = attachment.adapter("trial")
-    last, *others = [wanted] if wanted else ["kohya", "diffusers"]
+    last, *others = [wanted] if wanted else ["kohya", "diffusers"] if len(adapter) else ["embedding"]
     for name in (*others, last, *(() if wanted else FORMATS)):
         try:
             FORMATS[name].dump(adapter)

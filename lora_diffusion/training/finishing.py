@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.formats.files import save_adapter
+from lora_diffusion.layers import core
 from lora_diffusion.pipelines import DTYPES
 from lora_diffusion.quantize import dequantize, fingerprint
 from lora_diffusion.training.judging import mean
@@ -82,7 +83,7 @@ def save_best(run: Run, loss: float) -> None:
 
 
 def _norm(model: nn.Module, name: str) -> float:
-    return dequantize(model.get_submodule(name)).float().norm().item()
+    return dequantize(core(model.get_submodule(name))).float().norm().item()
 
 
 def _peak_memory() -> int:

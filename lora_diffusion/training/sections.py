@@ -88,7 +88,10 @@ class AdapterConfig(Section):
     rslora: bool = False
     """rsLoRA: the scale is alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
     targets: str | list[str] = "attention"
-    """Preset ("attention", "attention-qv", "attention+ff", "all-linear", "…+conv", "norm"), glob, or a list."""
+    """Preset ("attention", "attention-qv", "attention+ff", "all-linear", "…+conv", "norm"), glob, or a list.
+
+    []: no layer of the denoiser, with `text.tokens` (textual inversion, arXiv 2208.01618) or `text.train` alone.
+    """
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the rank axis, row by row at every token."""
     rank_dropout: float = Field(0.0, ge=0, lt=1)

@@ -107,6 +107,17 @@ def test_a_base_that_is_not_there_is_one_sentence(given: TrainConfig) -> None:
         plan_memory(given.changed("base=./nowhere"))
 
 
+def test_new_tokens_count_beside_layers_and_without_any(given: TrainConfig) -> None:
+    tokens = ('text.tokens={"<kiki>" = "cat"}', "text.token_vectors=3", "data.trigger=<kiki>")
+    plain, beside, alone = (
+        plan_memory(given.changed(*more), gpu=False).this_run for more in ((), tokens, (*tokens, "adapter.targets=[]"))
+    )
+    width = load_pipeline(given.base, precision="fp32", device="cpu").pipe.text_encoder.config.hidden_size
+    assert alone.trained == 3 * width
+    assert beside.trained == plain.trained + 3 * width
+    assert 0 < alone.activations <= beside.activations
+
+
 def test_text_encoders_count_when_they_are_trained_and_less_when_they_are_quantised(given: TrainConfig) -> None:
     plain, trained = (plan_memory(given.changed(*more), gpu=False) for more in ((), ('text.train=["text_encoder"]',)))
     encoder = load_pipeline(given.base, precision="fp32", device="cpu").pipe.text_encoder

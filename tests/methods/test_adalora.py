@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import AdaLoraConfig, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lora_diffusion import AdapterStack, TrainConfig, load_adapter, train
 from lora_diffusion.attachment import attach
-from lora_diffusion.errors import AdapterMismatchError, ConfigError
+from lora_diffusion.errors import AdapterFileError, AdapterMismatchError, ConfigError
+from lora_diffusion.lora import Slot, place
+from lora_diffusion.methods import METHODS
 from lora_diffusion.methods.adalora import AdaLoRA
 from lora_diffusion.methods.allocating import Allocator, Schedule
 from tests import tiny
@@ -174,3 +177,51 @@ def test_it_trains_from_a_configuration_resumes_exactly_and_diffusers_draws_what
     assert np.abs(ours - plain).max() > 1e-4
     pipe.load_lora_weights(whole.adapter)
     np.testing.assert_allclose(ours, tiny.picture(pipe), atol=1e-4)
+
+
+def pefts(root: Path) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A PEFT AdaLoRA of random numbers with a rank dropped here and all there, saved; the base and its true deltas."""
+    model = Net()
+    base = copy.deepcopy(model)
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1, lora_alpha=6, target_modules=["to_q", "to_k", "conv"]
+    )
+    wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    kept = {"to_q": [True, False, True, True], "to_k": [False] * 4, "conv": [True] * 4}
+    config.rank_pattern = {f"{name}.lora_E": keep for name, keep in kept.items()}
+    for name, keep in kept.items():
+        values = wrapped.get_submodule(f"base_model.model.{name}").lora_E["default"]
+        values.data[~torch.tensor(keep)] = 0.0
+    deltas = {name: wrapped.get_submodule(f"base_model.model.{name}").get_delta_weight("default") for name in kept}
+    wrapped.save_pretrained(root)
+    return base, {name: delta.detach() for name, delta in deltas.items()}
+
+
+def test_a_peft_folder_of_adalora_is_read_as_what_peft_computes(tmp_path: Path) -> None:
+    base, deltas = pefts(tmp_path / "theirs")
+    adapter = load_adapter(tmp_path / "theirs")
+    (layers,) = adapter.layers.values()
+    assert {name: (layer.method, len(layer.tensors["down"])) for name, layer in layers.items()} == {
+        "to_q": ("lora", 3),
+        "conv": ("lora", 4),
+    }
+    assert not deltas["to_k"].any()
+    for name, layer in layers.items():
+        delta = METHODS["lora"].delta(layer, base.get_submodule(name))
+        torch.testing.assert_close(delta, deltas[name], rtol=1e-5, atol=1e-6)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")
+    for name, layer in layers.items():
+        live = base.get_submodule(name)
+        place(live, Slot(live, [METHODS["lora"].part("a", layer, live)]))
+    with torch.no_grad():
+        torch.testing.assert_close(base(X), again(X), rtol=1e-4, atol=1e-4)
+
+
+def test_adalora_without_its_folders_config_is_no_lora(tmp_path: Path) -> None:
+    pefts(tmp_path / "theirs")
+    (tmp_path / "theirs" / "adapter_config.json").unlink()
+    with pytest.raises(AdapterFileError, match=r"lora_E.*adapter_config\.json"):
+        load_adapter(tmp_path / "theirs" / "adapter_model.safetensors")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from lora_diffusion import Adapter, LayerAdapter, load_adapter, save_adapter
@@ -22,13 +23,15 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(16, 24),
     "conv": lambda: nn.Conv2d(8, 12, 3, padding=1, stride=2),
     "norm": lambda: nn.LayerNorm(16),
+    "attn": lambda: Attention(16, heads=2, dim_head=12),
 }
-INPUTS = {"linear": (2, 5, 16), "conv": (2, 8, 6, 6), "norm": (2, 5, 16)}
+INPUTS = {"linear": (2, 5, 16), "conv": (2, 8, 6, 6), "norm": (2, 5, 16), "attn": (2, 5, 16)}
 #: a layer of each kind that is one output wider
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(16, 25),
     "conv": lambda: nn.Conv2d(8, 13, 3),
     "norm": lambda: nn.LayerNorm(17),
+    "attn": lambda: Attention(16, heads=2, dim_head=13),
 }
 
 
@@ -168,17 +171,34 @@ def test_it_stacks_beside_a_low_rank_pair_by_addition(method: type[Method]) -> N
     torch.testing.assert_close(called(layer, x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_reach_every_tensor_on_every_kind_of_layer(method: type[Method]) -> None:
+    """Away from its start, and in any precision of the activations that the layer itself computes in."""
+    for kind in kinds_of(method):
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = LAYERS[kind]().to(dtype).requires_grad_(False)
+            slot = Slot(layer, [method.part("a", random(method, layer), layer)], trainable=True)
+            place(layer, slot)
+            x = torch.randn(INPUTS[kind], dtype=dtype, requires_grad=True)
+            layer(x).float().square().sum().backward()
+            trained = [parameter for parameter in slot.parameters() if parameter.requires_grad]
+            assert trained
+            assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+            assert x.grad is not None
+            assert not any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_trains_over_quantised_layers(method: type[Method], precision: str) -> None:
     """Gradients reach every tensor once the layer is away from its start, and the input through it."""
-    if "linear" not in kinds_of(method):
+    if not {"linear", "attn"} & set(kinds_of(method)):
         pytest.skip("only linear layers are quantised")
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    whole = "attn" in kinds_of(method)
+    model = nn.Sequential(Attention(64, heads=2, dim_head=32) if whole else nn.Linear(64, 64), nn.Linear(64, 64))
     quantize(model, precision, compute_dtype=torch.float32)
     adapter = random(method, model[0])
     slot = Slot(model[0], [method.part("a", adapter, model[0])], trainable=True)
     place(model[0], slot)
-    x = torch.randn(3, 64, requires_grad=True)
+    x = torch.randn(2, 3, 64, requires_grad=True)
     model(x).square().sum().backward()
     trained = [parameter for parameter in slot.parameters() if parameter.requires_grad]
     floating = [tensor for tensor in adapter.tensors.values() if tensor.is_floating_point()]
@@ -186,7 +206,7 @@ def test_trains_over_quantised_layers(method: type[Method], precision: str) -> N
     assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     assert x.grad is not None
     slot.weigh({"a": 0.0})
-    assert all(p.grad is None for p in model[0].parameters(recurse=False))
+    assert all(p.grad is None for p in model.parameters() if not any(p is one for one in trained))
 
 
 def test_forward_over_nf4_is_that_of_the_dequantised_weight(method: type[Method]) -> None:
@@ -212,12 +232,14 @@ def test_a_wrong_shape_is_named(method: type[Method]) -> None:
 
 
 def test_one_step_of_training_saved_and_loaded_computes_the_same(method: type[Method], tmp_path: Path) -> None:
-    if "linear" not in kinds_of(method):
-        pytest.skip("targets are linear layers and convolutions")
-    model = nn.ModuleDict({"to_q": nn.Linear(16, 24), "conv": nn.Conv2d(8, 12, 3)})
+    if not {"linear", "attn"} & set(kinds_of(method)):
+        pytest.skip("targets are linear layers, convolutions and attentions")
+    whole = "attn" in kinds_of(method)
+    first = Attention(16, heads=2, dim_head=12) if whole else nn.Linear(16, 24)
+    model = nn.ModuleDict({"to_q": first, "conv": nn.Conv2d(8, 12, 3)})
     targets = ["to_q", "conv"] if "conv" in kinds_of(method) else ["to_q"]
     with attach(model, settings(method), targets, component="transformer") as attachment:
-        x = torch.randn(2, 16)
+        x = torch.randn(2, 5, 16)
         optimizer = torch.optim.SGD(attachment.groups(0.1, up_ratio=4.0), lr=0.1)
         (model["to_q"](x) - 1).square().sum().backward()
         optimizer.step()

@@ -37,7 +37,8 @@ def random_adapter(pipe: object, name: str, targets: str = "attention+conv") -> 
 
 def test_all_methods_stack_on_one_pipeline_in_any_order_and_come_off_without_a_trace() -> None:
     pipe = tiny.sd()
-    adapters = [random_adapter(pipe, name) for name in METHODS if name != "norm"]
+    places = {"prefix": "attention-blocks", "norm": "norm"}
+    adapters = [random_adapter(pipe, name, places.get(name, "attention+conv")) for name in METHODS]
     plain, tree = tiny.picture(pipe), repr(pipe.unet)
     pictures = []
     for order in (adapters, adapters[::-1]):
@@ -173,7 +174,11 @@ def test_the_list_names_every_method_and_counts(tmp_path: Path) -> None:
     assert list(rows) == list(METHODS)
     with attach(tiny.unet(), LoRA(2), "attention") as attachment:
         assert rows["lora"].parameters == sum(p.numel() for p in attachment.parameters())
-    assert rows["locon"].parameters is None
+    for name, place in (("locon", "conv"), ("norm", "norm"), ("prefix", "attention-blocks")):
+        with attach(tiny.unet(), new_method(name, rank=2), place) as attachment:
+            assert rows[name].parameters == sum(p.numel() for p in attachment.parameters())
+        assert rows[name].targets == place
+    assert {row.targets for row in rows.values()} == {"attention", "conv", "norm", "attention-blocks"}
     assert rows["dora"].about.startswith("DoRA")
     tiny.sd().save_pretrained(tmp_path / "base")
     app = typer.Typer()

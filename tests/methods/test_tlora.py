@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import DiffusionPipeline
 from lycoris.modules.tlora import TLoraModule, clear_timestep_mask, compute_timestep_mask, set_timestep_mask
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from lora_diffusion import Adapter, AdapterFileError, AdapterStack, ConfigError, LoRA, TrainConfig, load_adapter, train
+from lora_diffusion import (
+    Adapter,
+    AdapterFileError,
+    AdapterStack,
+    ConfigError,
+    LayerAdapter,
+    LoRA,
+    TrainConfig,
+    load_adapter,
+    merge,
+    resize,
+    save_adapter,
+    train,
+)
 from lora_diffusion.attachment import attach
+from lora_diffusion.cli.resize import resize as resize_command
 from lora_diffusion.gates.fading import KEY, Fading, fading_of
+from lora_diffusion.methods.ia3 import IA3, IA3Branch
 from lora_diffusion.methods.tlora import TLoRA, TLoRABranch
 from lora_diffusion.targets import find_targets
 from tests import tiny
@@ -185,3 +204,83 @@ def test_it_trains_from_a_configuration_and_is_drawn_as_it_was_trained(tmp_path:
     assert np.abs(ours - whole).max() > 1e-4
     pipe.load_lora_weights(result.adapter)  # elsewhere all ranks act
     np.testing.assert_allclose(whole, tiny.picture(pipe), atol=1e-4)
+
+
+class Dimmed(IA3Branch):
+    """A branch from outside that asks for the noise."""
+
+    noise: torch.Tensor | None = None
+
+    def fade(self, fading: Fading, noise: torch.Tensor) -> None:
+        self.noise = noise * fading.power
+
+
+class Dimming(IA3):
+    """A method from outside that fades."""
+
+    fading = Fading(1, 2.0)
+
+    @classmethod
+    def part(cls, name: str, adapter: LayerAdapter, layer: nn.Module) -> Dimmed:
+        return Dimmed(name, adapter.tensors)
+
+
+def test_a_method_from_outside_can_fade_and_others_are_not_asked() -> None:
+    model = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
+    for method, heard in ((Dimming(), [0.5, 1.5]), (IA3(), None)):
+        with attach(model, method, "to_q") as attachment:
+            attachment.at(torch.tensor([0.25, 0.75]))
+            (branch,) = attachment.slots["to_q"].branches
+            noise = getattr(branch, "noise", None)
+            assert (noise if noise is None else noise.tolist()) == heard
+            assert bool(attachment.adapter("x").metadata) == bool(heard)
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_"])
+def test_lycoris_files_begin_with_the_weights_principal_parts(tmp_path: Path, prefix: str) -> None:
+    """They do not hold where they began; LyCORIS takes it of the live weight when it reads them, and so do we."""
+    pipe = tiny.sd()
+    name, layer = next(iter(find_targets(pipe.unet, "*.attn2.to_q").items()))
+    trained = TLoraModule("a", layer, lora_dim=3, alpha=2.0)
+    for tensor in (trained.q_layer.weight, trained.p_layer.weight, trained.lambda_layer):
+        tensor.data.add_(0.1 * torch.randn_like(tensor))
+    kept = {key: tensor.detach().contiguous() for key, tensor in trained.custom_state_dict().items()}
+    flat = f"{prefix}{name.replace('.', '_')}"
+    save_file({f"{flat}.{key}": tensor for key, tensor in kept.items()}, tmp_path / "theirs.safetensors")
+    adapter = load_adapter(tmp_path / "theirs.safetensors")
+    assert adapter.methods == {"tlora"}
+    tensors = (kept["q_layer.weight"], kept["p_layer.weight"], kept["lambda_layer"], kept["alpha"])
+    again = TLoraModule.make_module_from_state_dict("a", layer, *tensors)
+    change = again.get_diff_weight()[0].detach()
+    x = torch.randn(2, 5, layer.in_features)
+    with torch.no_grad(), AdapterStack(pipe) as stack:
+        base = layer.forward(x)
+        stack.add(adapter, 0.5)
+        torch.testing.assert_close(layer(x), base + 0.5 * x @ change.t(), rtol=1e-4, atol=1e-4)
+        written = load_adapter(save_adapter(adapter, tmp_path / "ours.safetensors", format="kohya"))
+        assert written == adapter
+    merged = merge([adapter], [0.5], base=pipe).adapter.layers["unet"][name]
+    torch.testing.assert_close(merged.tensors["diff"], 0.5 * change, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_and_resizing_say_that_all_ranks_act(tmp_path: Path) -> None:
+    pipe = tiny.sd()
+    with attach(pipe.unet, TLoRA(4), "attention") as attachment:
+        for parameter in attachment.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        adapter = attachment.adapter("faded")
+    assert KEY in adapter.metadata
+    for make in (lambda: merge([adapter, adapter]).adapter, lambda: resize(adapter, rank=3).adapter):
+        with pytest.warns(UserWarning, match=r"'faded' was trained with fewer ranks.*every step"):
+            made = make()
+        assert KEY not in made.metadata
+    save_adapter(adapter, tmp_path / "faded.safetensors")
+    app = typer.Typer()
+    app.command()(resize_command)
+    out = tmp_path / "small.safetensors"
+    said = CliRunner().invoke(app, [str(tmp_path / "faded.safetensors"), "--rank", "2", "-o", str(out)]).output
+    assert said.count("note: resize: adapter 'faded' was trained with fewer ranks") == 1
+    assert KEY not in load_adapter(out).metadata
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge([made])

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
 
-from lora_diffusion import ConfigError, TrainConfig, load_adapter
+from lora_diffusion import Adapter, ConfigError, TrainConfig, load_adapter
 from lora_diffusion.families.skeletons import skeleton_of
 from lora_diffusion.inspection.methods import count_parameters
 from lora_diffusion.targets import find_targets
 from tests.training.pictures import settings
 
-SCRIPT = Path(__file__).parents[2] / "train_scripts" / "sweep.py"
+SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
+def beside() -> Iterator[None]:
+    """Scripts import those beside them."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture
 def sweep() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("sweep")
+
+
+@pytest.fixture
+def trials() -> ModuleType:
+    return importlib.import_module("trials")
 
 
 @pytest.fixture
@@ -53,21 +61,29 @@ def test_trials_are_run_once_compared_and_drawn(
 ) -> None:
     out = tmp_path / "sweep"
     words = [str(written), "--out", str(out), "--base", str(tmp_path / "base"), "--sweeps", "rank,method"]
-    words += ["--ranks", "1,3", "--methods", "ia3,norm", "adapter.alpha=8"]
+    words += ["--ranks", "1,3", "--methods", "ia3,locon,norm,tokens,pissa", "adapter.alpha=8"]
     sweep.main(words)
     said = capsys.readouterr().out
-    assert "left out: method norm" in said
+    assert "left out: method locon" not in said
+    assert "left out" not in said
     rows = json.loads((out / "results.json").read_text())
-    assert [(row["sweep"], row["name"]) for row in rows] == [("rank", "1"), ("rank", "3"), ("method", "ia3")]
+    methods = ["ia3", "locon", "norm", "tokens", "pissa"]
+    assert [row["name"] for row in rows] == ["1", "3", *methods]
+    assert [row["sweep"] for row in rows] == ["rank"] * 2 + ["method"] * 5
+    for row in rows[2:-1]:
+        adapter = load_adapter(out / "trials" / f"method-{row['name']}" / f"method-{row['name']}.safetensors")
+        numbers = sum(t.numel() for vectors in adapter.embeddings.values() for t in vectors.values())
+        assert row["parameters"] == (numbers or _trained(adapter))
+        assert bool(numbers) == (row["name"] == "tokens") != bool(len(adapter))
     for row in rows[:2]:
         adapter = load_adapter(out / "trials" / f"rank-{row['name']}" / f"rank-{row['name']}.safetensors")
         assert {layer.alpha / len(layer.tensors["down"]) for *_, layer in adapter} == {2.0}  # type: ignore[operator]
         assert adapter.parameters == row["parameters"]
-    assert len({row["heldout_base"] for row in rows}) == 1
+    assert len({row["heldout_base"] for row in rows if row["name"] != "tokens"}) == 1
     assert all(row["heldout_adapter"] > 0 and row["file_bytes"] > 0 for row in rows)
-    assert (out / "results.md").read_text().count("\n") == 5
+    assert (out / "results.md").read_text().count("\n") == 9
     drawing = ElementTree.parse(out / "results.svg").getroot()
-    assert len(drawing.findall("{http://www.w3.org/2000/svg}circle")) == 3
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}circle")) == 7
 
     def refuse(*_: object) -> None:
         raise AssertionError("a trial ran twice")
@@ -79,33 +95,53 @@ def test_trials_are_run_once_compared_and_drawn(
         sweep.main([*words, "train.lr=0.5"])
 
 
-def test_methods_are_compared_at_equal_parameters(sweep: ModuleType, tmp_path: Path) -> None:
+def _trained(adapter: Adapter) -> int:
+    """Numbers of an adapter that are no settings."""
+    return sum(t.numel() for *_, layer in adapter for t in layer.tensors.values() if t.is_floating_point())
+
+
+def test_what_cannot_be_trained_is_left_out_and_the_sweep_goes_on(
+    sweep: ModuleType, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    words = [str(written), "--out", str(out), "--base", str(tmp_path / "base"), "--sweeps", "method", "--methods"]
+    sweep.main([*words, "olora,lora", "adapter.rank=8", "adapter.targets=attention+ff+conv"])
+    assert "left out: method olora: " in capsys.readouterr().out
+    assert [row["name"] for row in json.loads((out / "results.json").read_text())] == ["lora"]
+
+
+def test_methods_are_compared_at_equal_parameters(trials: ModuleType, tmp_path: Path) -> None:
     config = TrainConfig.parse(settings(tmp_path)).changed("adapter.rank=6", "adapter.alpha=3")
     model = skeleton_of(tmp_path / "base")["unet"]
     layers = list(find_targets(model, config.adapter.targets).values())
     wanted = count_parameters("lora", layers, 6)
     assert wanted is not None
-    trials, left_out = sweep.by_method(config, model, ["lora", "dora", "loha", "adalora", "glora", "ia3", "locon"])
-    found = {trial.name: trial for trial in trials}
+    planned, left_out = trials.by_method(
+        config, model, {}, ["lora", "dora", "loha", "adalora", "glora", "lora-fa", "tokens"]
+    )
+    found = {trial.name: trial for trial in planned}
     assert "adapter.rank=6" in found["lora"].settings
     assert "adapter.rank=3" in found["loha"].settings
     assert "adapter.alpha=1.5" in found["loha"].settings
-    assert all(0.7 < found[name].parameters / wanted < 1.35 for name in found if name != "ia3")
-    assert left_out == ["method locon, which is not defined on all of attention+ff"]
+    assert all(0.7 < trial.parameters / wanted < 1.35 for trial in planned)
+    assert left_out == ["method tokens: the base has no text encoder"]
 
 
-def test_target_sets_grow(sweep: ModuleType, tmp_path: Path) -> None:
-    trials = sweep.by_targets(TrainConfig.parse(settings(tmp_path)), skeleton_of_base(tmp_path))
-    assert [trial.name for trial in trials] == ["attention-qv", "attention", "attention+ff", "attention+ff+conv"]
-    assert sorted(trial.parameters for trial in trials) == [trial.parameters for trial in trials]
+def test_target_sets_grow(trials: ModuleType, tmp_path: Path) -> None:
+    config = TrainConfig.parse(settings(tmp_path))
+    models = skeleton_of(tmp_path / "base")
+    unet, encoders = models.pop("unet"), {"text_encoder": models["text_encoder"]}
+    planned, left_out = trials.by_targets(config, unet, encoders)
+    sets = ["attention-qv", "attention", "attention+ff", "attention+ff+conv"]
+    assert [trial.name for trial in planned] == [*sets, "attention+ff+conv+text"]
+    assert sorted({trial.parameters for trial in planned}) == [trial.parameters for trial in planned]
+    assert config.changed(*planned[-1].settings).text.train == ["text_encoder"]
+    assert not left_out
+    assert len(trials.by_targets(config, unet, {})[0]) == 4
 
 
-def skeleton_of_base(root: Path) -> object:
-    return skeleton_of(root / "base")["unet"]
-
-
-def test_a_sweep_that_there_is_not_is_an_error(sweep: ModuleType, tmp_path: Path) -> None:
+def test_a_sweep_that_there_is_not_is_an_error(sweep: ModuleType, trials: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no sweep 'depth'"):
-        sweep.plan(TrainConfig.parse(settings(tmp_path)), ["depth"], [1])
+        trials.plan(TrainConfig.parse(settings(tmp_path)), ["depth"], [1])
     with pytest.raises(ConfigError, match="expected whole numbers"):
         sweep._numbers("1,x")

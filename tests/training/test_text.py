@@ -89,6 +89,27 @@ def test_new_tokens_are_in_the_file_and_mean_there_what_they_meant(tmp_path: Pat
         torch.testing.assert_close(family.encode_prompts(pipe, prompt)["states"], after, rtol=1e-4, atol=1e-4)
 
 
+def test_textual_inversion_trains_tokens_and_no_layer_and_diffusers_reads_the_file(tmp_path: Path) -> None:
+    made = given(tmp_path, steps=2)
+    made["adapter"]["targets"] = []
+    result = train(TrainConfig.parse(made))
+    assert result.adapter is not None
+    assert result.backbone_unchanged
+    assert result.heldout_adapter != result.heldout_base
+    adapter = load_adapter(result.adapter)
+    assert (len(adapter), adapter.spelling, set(adapter.embeddings)) == (0, "embedding", {"<kiki>"})
+    pipe, peer = (DiffusionPipeline.from_pretrained(tmp_path / "base") for _ in range(2))
+    peer.load_textual_inversion(result.adapter)
+    with AdapterStack(pipe) as stack:
+        plain = tiny.picture(pipe, "a <kiki>")
+        stack.add(adapter)
+        ours = tiny.picture(pipe, "a <kiki>")
+    np.testing.assert_allclose(ours, tiny.picture(peer, "a <kiki>"), atol=1e-5)
+    assert np.abs(ours - plain).max() > 1e-4
+    with pytest.raises(LoraDiffusionError, match=r"adapter\.targets is empty"):
+        TrainConfig.parse(made | {"text": {}})
+
+
 def test_interrupted_with_tokens_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     text = TOKEN | {"train": ["text_encoder"]}
     whole = given(tmp_path, text=text, steps=3, ema=0.5)

@@ -1,0 +1,71 @@
+"""Adapters on the layers of a pipeline: slots come, are packed or exchanged and go, and dials take their gates."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lora_diffusion.composing import Composition
+from lora_diffusion.dial import Dial
+from lora_diffusion.fitting import Site
+from lora_diffusion.layers import submodule
+from lora_diffusion.lora import Slot
+from lora_diffusion.packing import unrecorded, write_all
+from lora_diffusion.stacked import Stacked, balance, settled
+
+
+class Seating:
+    """The slots of a stack's adapters on its components (name -> model), and their dials."""
+
+    def __init__(self, components: Mapping[str, nn.Module], dials: Mapping[str, Dial]) -> None:
+        self.components, self.dials = components, dials
+        self.reserved: dict[Site, int] = {}  # rows to hold at least
+
+    def seat(self, sites: Collection[Site], stacked: Sequence[Stacked], composition: Composition) -> None:
+        """Put on these layers what belongs there of all adapters, given in the order they were added."""
+        ordered = sorted(stacked, key=lambda one: (one.met.key, one.name)) if len(stacked) > 1 else stacked
+        there, writes, stayed = [(one, one.layers) for one in ordered], list[tuple[Tensor, Tensor]](), True
+        slots = {component: dict(self.dials[component].slots) for component, _ in sites}
+        with unrecorded():
+            for site in sites:
+                component, name = site
+                here = [one for one, layers in there if site in layers]
+                if (slot := slots[component].get(name)) is not None and self._exchanged(slot, site, here, writes):
+                    continue
+                layer, stayed = submodule(self.components[component], name), False
+                slot = settled(layer, [one.part(site, layer) for one in here], self.reserved.get(site, 0))
+                if slot is not None:
+                    slots[component][name] = slot
+                else:
+                    slots[component].pop(name, None)
+            write_all(writes)
+        for component, of in slots.items():
+            self.bind(component, of, stacked, composition, stayed=stayed)
+
+    def bind(
+        self,
+        component: str,
+        slots: Mapping[str, Slot],
+        stacked: Sequence[Stacked],
+        composition: Composition,
+        *,
+        stayed: bool = False,
+    ) -> None:
+        """Give a component's dial what is on now; `stayed`: the slots and their ranks are those it has."""
+        weights = {one.name: one.resolved for one in stacked}
+        fadings = {one.name: one.fading for one in stacked if one.fading}
+        dial, layers = self.dials[component], dict[str, nn.Module]()
+        if composition.balance:
+            layers = {name: submodule(self.components[component], name) for name in slots}
+        elif stayed and not fadings and dial.rebind(weights):
+            return
+        dial.bind(slots, weights, composition, balance(stacked, layers, component), fadings)
+
+    def _exchanged(
+        self, slot: Slot, site: Site, stacked: Sequence[Stacked], writes: list[tuple[Tensor, Tensor]]
+    ) -> bool:
+        if not stacked or slot.reserve != self.reserved.get(site, 0) or "_hf_hook" in vars(slot):
+            return False
+        pairs = [pair for one in stacked if (pair := one.known(site)) is not None]
+        return len(pairs) == len(stacked) and slot.exchange(pairs, writes)
