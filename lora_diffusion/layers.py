@@ -40,7 +40,7 @@ def is_attention(layer: nn.Module) -> bool:
 
 def core(layer: nn.Module) -> nn.Module:
     """The layer whose weight says device and precision: the queries' of an attention, else the layer itself."""
-    query = layer._modules.get("to_q")  # a search through attributes would take longer
+    query = vars(layer)["_modules"].get("to_q")  # a search through attributes would take longer
     return query if query is not None and is_attention(layer) else layer
 
 
