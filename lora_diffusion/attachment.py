@@ -92,11 +92,9 @@ class Attachment:
 
     def at(self, noise: Tensor) -> None:
         """Tell what fades the noise of each picture of the next call: (batch,), from 0 for none to 1."""
-        if self.fading is None:
-            return
-        for branch in (branch for slot in self.slots.values() for branch in slot.branches):
-            if fade := getattr(branch, "fade", None):
-                fade(self.fading, noise)
+        branches = [branch for slot in self.slots.values() for branch in slot.branches] if self.fading else []
+        for fade in filter(None, (getattr(branch, "fade", None) for branch in branches)):
+            fade(self.fading, noise)
 
     def weigh(self, weight: float) -> None:
         """Turn what is being trained to another strength; 0 makes the model its own frozen teacher."""

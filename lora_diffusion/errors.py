@@ -58,6 +58,11 @@ def some(names: Iterable[object], limit: int = 3) -> str:
     return f"{shown} and {len(listed) - limit} more" if len(listed) > limit else shown
 
 
+def printable(text: str) -> str:
+    """Text of a file as a terminal may show it: what would steer the terminal, escaped; lines and tabs are kept."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def in_lines(names: Sequence[object], limit: int = 20) -> str:
     """At most `limit` of them, each on its own line, and how many more there are."""
     more = [f"… and {len(names) - limit} more"] if len(names) > limit else []

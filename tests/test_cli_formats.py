@@ -12,9 +12,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from lora_diffusion import AdapterFileError, load_adapter, save_adapter
+from lora_diffusion import Adapter, AdapterFileError, load_adapter, save_adapter
 from lora_diffusion.cli.convert import convert
 from lora_diffusion.cli.inspect import inspect
+from lora_diffusion.methods import METHODS, new_method
 from tests import tiny
 from tests.formats import random_adapters
 
@@ -42,6 +43,44 @@ def test_inspect_says_what_a_file_is_and_where_it_goes(file: Path, tmp_path: Pat
     assert (code, report["complete"], report["placed"]) == (0, True, len(load_adapter(file)))
     assert {row["block"] for row in report["spectra"]} >= {"mid_block", "encoder.layers.0"}
     assert "everything is used" in run("inspect", file)[1]
+
+
+def test_inspect_reads_the_weights_that_a_strength_depends_on(tmp_path: Path):
+    pipe = tiny.sd()
+    pipe.save_pretrained(tmp_path / "base")
+    name, layer = next((n, m) for n, m in pipe.unet.named_modules() if n.endswith("attn1.to_q"))
+    adapter = Adapter("a", {"unet": {name: new_method("dora", rank=2).fresh(layer)}})
+    adapter.layers["unet"][name].tensors["up"].normal_()
+    path = save_adapter(adapter, tmp_path / "a.safetensors", format="kohya")
+    code, said = run("inspect", path, "--base", tmp_path / "base", "--json")
+    delta = METHODS["dora"].delta(adapter.layers["unet"][name], layer)
+    (row,) = json.loads(said)["spectra"]
+    assert (code, row["norm"]) == (0, pytest.approx(delta.norm().item(), rel=1e-4))
+    assert json.loads(run("inspect", path, "--json")[1])["spectra"] == []
+
+
+def test_what_a_file_says_steers_neither_the_table_nor_the_terminal(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    tensors = {"unet.[/b].x.lora_A.weight": torch.ones(2, 4), "unet.[/b].x.lora_B.weight": torch.ones(4, 2)}
+    tensors |= {"[/i]": torch.ones(1), "unet.[red]\x1b[2Jq": torch.ones(1), "<[/u]>": torch.ones(1, 8)}
+    said = {"modelspec.trigger_phrase": "[red] \x1b[31m dog", "ss_network_module": "[/x]"}
+    save_file(tensors, tmp_path / "[red].safetensors", metadata=said)
+    for how in ([], ["--header"]):
+        code, shown = run("inspect", tmp_path / "[red].safetensors", *how)
+        assert code == (0 if how else 1)
+        assert "\x1b[2J" not in shown
+        assert "\x1b[31m" not in shown
+        assert all(word in shown for word in ("[/i]", "[red] \\x1b[31m dog", "[/x]"))
+
+
+def test_the_block_table_fits_eighty_columns(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("inspect", file)[1]
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["block", "layers", "method", "rank", "alpha", "(from)", "parameters"] in lines
+    assert "…" not in shown
+    assert ["unet"] in lines
 
 
 def test_inspect_goes_on_after_a_broken_file_and_ends_with_two(file: Path, tmp_path: Path):

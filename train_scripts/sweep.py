@@ -103,7 +103,9 @@ def share_cache(folder: Path) -> None:
 
 def write(results: Sequence[Result], out: Path) -> None:
     """results.json, a table in results.md and a plot in results.svg; shares are of the first trial's base."""
-    rows = [{**asdict(result.trial), **asdict(result)} for result in results]
+    rows = [
+        {**asdict(one.trial), **{key: value for key, value in asdict(one).items() if key != "trial"}} for one in results
+    ]
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     lines = [
         "| sweep | trial | parameters | rate | held-out loss | of the base's | file |",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_diffusion.errors import printable
+
 if TYPE_CHECKING:
     from lora_diffusion.adapter import Adapter
 
@@ -58,7 +60,7 @@ def convert(
         return
     print(f"{said['read as']} -> {to}: {len(adapter):,} layers, {said['bytes']:,} bytes in {target}")
     for key, why in adapter.unused.items():
-        print(f"not used: {key}: {why}")
+        print(printable(f"not used: {key}: {why}"))
 
 
 def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:

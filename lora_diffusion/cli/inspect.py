@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lora_diffusion.errors import AdapterFileError, LoraDiffusionError
+from lora_diffusion.errors import AdapterFileError, LoraDiffusionError, printable
 
 if TYPE_CHECKING:
     from lora_diffusion.inspection.coverage import CoverageReport
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="Adapter or embedding files, or PEFT folders.")],
     base: Annotated[
-        str | None, typer.Option("--base", "-b", help="Pipeline folder: also say where every layer goes on it.")
+        str | None,
+        typer.Option(
+            "--base",
+            "-b",
+            help="Pipeline folder: also say where layers go on it, and how strong DoRA, OFT … are.",
+        ),
     ] = None,
     header: Annotated[
         bool, typer.Option("--header", help="Names, shapes and metadata alone: at once, whatever the size.")
@@ -60,7 +65,7 @@ def _show(found: dict[str, Any], file: Path, as_json: bool) -> None:
         return
     if shown is None:
         width = max(map(len, found))
-        print("\n".join([str(file), *(f"  {key:{width}}  {_plain(value)}" for key, value in found.items())]))
+        print("\n".join([str(file), *(f"  {key:{width}}  {printable(_plain(value))}" for key, value in found.items())]))
         return
     from rich.console import Console
 
@@ -76,9 +81,11 @@ def _plain(value: object) -> str:
 
 
 def _whole(file: Path, base: str | None) -> tuple[dict[str, Any], bool]:
+    from lora_diffusion.fitting import fit
     from lora_diffusion.formats.files import load_adapter
     from lora_diffusion.inspection.coverage import cover
-    from lora_diffusion.inspection.spectra import spectra
+    from lora_diffusion.inspection.spectra import leaning, spectra
+    from lora_diffusion.inspection.weights import read_weights
 
     adapter = load_adapter(file, strict=False)
     models = None
@@ -86,17 +93,23 @@ def _whole(file: Path, base: str | None) -> tuple[dict[str, Any], bool]:
         from lora_diffusion.families.skeletons import skeleton_of
 
         models = skeleton_of(base)
-    report, strengths = cover(adapter, models), spectra(adapter)
+        read_weights(models, base, fit(leaning(adapter), models, finite=True).layers)
+    report, strengths = cover(adapter, models), spectra(adapter, models)
     found = json.loads(report.to_json()) | {"spectra": [vars(row) for row in strengths]}
     return found | {"shown": _tables(report, strengths)}, report.complete
 
 
 def _tables(report: CoverageReport, strengths: list[Spectrum]) -> list[Any]:
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table("component", "block", "‖ΔW‖", "effective rank", title="strength", title_justify="left")
+    from lora_diffusion.inspection.coverage import bare_table
+
+    table, component = bare_table("block", "‖ΔW‖", "effective rank", title="strength"), ""
     for row in strengths:
-        table.add_row(row.component, row.block, f"{row.norm:.3g}", f"{row.effective_rank:.1f}")
+        if row.component != component:
+            component = row.component
+            table.add_row(Text(component, style="bold"))
+        table.add_row(Text(f"  {printable(row.block)}"), f"{row.norm:.3g}", f"{row.effective_rank:.1f}")
     return [report, *([table] if strengths else [])]
 
 

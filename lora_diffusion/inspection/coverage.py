@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
+from lora_diffusion.errors import printable
 from lora_diffusion.fitting import fit
 from lora_diffusion.formats.assemble import rank_of
 from lora_diffusion.formats.identity import family_of, settings_of, tool_of, trigger_words
@@ -98,12 +101,15 @@ class CoverageReport:
         return _pairs(self.name, {key: value for key, value in lines.items() if value})
 
     def _blocks(self) -> Table:
-        table = Table("component", "block", "layers", "method", "rank", "alpha (from)", "parameters")
-        table.columns[1].no_wrap, table.columns[1].min_width = True, max(len(row.block) for row in self.rows)
+        table = bare_table("block", "layers", "method", "rank", "alpha (from)", "parameters")
+        component = ""
         for row in self.rows:
+            if row.component != component:
+                component = row.component
+                table.add_row(Text(component, style="bold"))
             alphas = f"{_counts(row.alphas)} ({_counts(row.alpha_sources)})" if row.alphas else "none"
-            cells = (row.block, f"{row.layers:,}", _counts(row.methods), _counts(row.ranks), alphas)
-            table.add_row(row.component, *cells, f"{row.parameters:,}")
+            cells = (f"{row.layers:,}", _counts(row.methods), _counts(row.ranks), alphas, f"{row.parameters:,}")
+            table.add_row(Text(f"  {printable(row.block)}"), *map(Text, cells))
         return table
 
 
@@ -167,7 +173,18 @@ def _counts(counts: Mapping[str, int], limit: int = 4) -> str:
 
 
 def _pairs(title: str, pairs: Mapping[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, title_style="bold")
+    named = Text(printable(title), style="bold")
+    table = Table(title=named, title_justify="left", show_header=False, box=None)
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for key, value in pairs.items():
-        table.add_row(key, value)
+        table.add_row(Text(printable(key)), Text(printable(value)))
+    return table
+
+
+def bare_table(*columns: str, title: str = "") -> Table:
+    """An empty table, the first column never cut, with no more lines than it needs to fit 80 characters."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title or None, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=not number)
     return table

@@ -1,26 +1,29 @@
-"""How strong an adapter is and how many directions it uses: ‖ΔW‖ and effective rank, without the base.
+"""How strong an adapter is and how many directions it uses: ‖ΔW‖ and effective rank.
 
     LoRA    ΔW = s · U D, thin QR U = Q₁R₁ and Dᵀ = Q₂R₂: s times the singular values of the small R₁R₂ᵀ
     LoHa    (A B) ⊙ (C D) is a product again: rows of A and C, columns of B and D multiplied by pairs, rank r²
     LoKr    the singular values of w₁ ⊗ w₂ are the products of those of w₁ and w₂
     others  of the dense ΔW
 
-What depends on the frozen weight (a magnitude, OFT, (IA)³, GLoRA) has none here. The effective rank is exp(−Σ p log p)
+What depends on the frozen weight (a magnitude, OFT, (IA)³, GLoRA) is the dense ΔW of a base's layers, where there is
+one, and else has none here. The effective rank is exp(−Σ p log p)
 with p = σ / Σσ (Roy and Vetterli 2007).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
-from lora_diffusion.inspection.blocks import block_of
-from lora_diffusion.methods import METHODS
+from lora_diffusion.fitting import fit
+from lora_diffusion.inspection.blocks import block_of, in_order
+from lora_diffusion.layers import frozen_weight, submodule
+from lora_diffusion.methods import METHODS, is_dense
 from lora_diffusion.methods.loha import tucker
 from lora_diffusion.methods.lokr import factors
 
@@ -40,10 +43,20 @@ class Spectrum:
 
 def singular_values(layer: LayerAdapter) -> Tensor | None:
     """Singular values of ΔW, descending, float32; None for methods whose ΔW depends on the frozen weight."""
-    tensors = {part: tensor.float() for part, tensor in layer.tensors.items() if tensor.is_floating_point()}
-    if layer.method not in _VALUES or {"magnitude", "window"} & layer.tensors.keys():
+    if not _is_told(layer):
         return None
+    tensors = {part: tensor.float() for part, tensor in layer.tensors.items() if tensor.is_floating_point()}
     return _VALUES[layer.method](tensors) * abs(METHODS[layer.method].scale(layer))
+
+
+def _is_told(layer: LayerAdapter) -> bool:
+    """Whether its own tensors tell how strong it is."""
+    return layer.method in _VALUES and not {"magnitude", "window"} & layer.tensors.keys()
+
+
+def _leans(layer: LayerAdapter) -> bool:
+    known = layer.method in METHODS and layer.method != "norm"
+    return known and is_dense(layer.method) and not _is_told(layer)
 
 
 def _of_pair(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -105,23 +118,76 @@ def all_values(adapter: Adapter) -> Values:
     return {place: values for place, values in found if values is not None}
 
 
-def spectra(adapter: Adapter) -> list[Spectrum]:
-    """One row a block, of its layers that have singular values here."""
-    return by_block(all_values(adapter))
+def spectra(adapter: Adapter, models: Mapping[str, nn.Module] | None = None) -> list[Spectrum]:
+    """One row a block, of its layers whose strength is known.
+
+    `models` (component -> model), where their layers have weights, tell that of changes which depend on those.
+    """
+    dense = {site: _dense(layer, live) for site, layer, live in _on_weights(adapter, models or {})}
+    return _by_block(_known(all_values(adapter)) | dense)
 
 
 def by_block(values: Values) -> list[Spectrum]:
     """The same of values that were taken before."""
-    groups: dict[tuple[str, str], list[Tensor]] = {}
-    for (component, name), of_layer in values.items():
-        groups.setdefault((component, block_of(name)), []).append(of_layer)
+    return _by_block(_known(values))
+
+
+def _known(values: Values) -> dict[tuple[str, str], _Strength]:
+    return {place: _Strength(float(found.norm()), lambda found=found: found) for place, found in values.items()}
+
+
+def _by_block(strengths: Mapping[tuple[str, str], _Strength]) -> list[Spectrum]:
+    groups: dict[tuple[str, str], list[_Strength]] = {}
+    for (component, name), strength in strengths.items():
+        groups.setdefault((component, block_of(name)), []).append(strength)
+    order = list(dict.fromkeys(component for component, _ in groups))
     return [
-        Spectrum(
-            component,
-            block,
-            math.sqrt(sum(v.square().sum().item() for v in found)),
-            sorted(map(effective_rank, found))[len(found) // 2],
-            len(found),
+        Spectrum(component, block, math.hypot(*(one.norm for one in found)), _median_rank(found), len(found))
+        for (component, block), found in sorted(
+            groups.items(), key=lambda group: (order.index(group[0][0]), in_order(group[0][1]))
         )
-        for (component, block), found in groups.items()
     ]
+
+
+def leaning(adapter: Adapter) -> Adapter:
+    """Its layers whose change depends on the frozen weight, alone."""
+    layers = {
+        component: {name: layer for name, layer in of.items() if _leans(layer)}
+        for component, of in adapter.layers.items()
+    }
+    return replace(adapter, layers={component: of for component, of in layers.items() if of}, embeddings={})
+
+
+@dataclass(frozen=True)
+class _Strength:
+    """One layer's: its norm, and what makes its singular values."""
+
+    norm: float
+    values: Callable[[], Tensor]
+    dear: bool = False  # they are those of a dense change
+
+
+def _dense(layer: LayerAdapter, live: nn.Module) -> _Strength:
+    def delta() -> Tensor:  # made anew, so that one at a time is in memory
+        return METHODS[layer.method].delta(layer, live).float().flatten(1)
+
+    return _Strength(float(delta().norm()), lambda: torch.linalg.svdvals(delta()), dear=True)
+
+
+def _median_rank(found: list[_Strength]) -> float:
+    """Of dense changes the one of median norm stands for all of its block."""
+    dense = sorted((one for one in found if one.dear), key=lambda one: one.norm)
+    ranks = [effective_rank(one.values()) for one in found if not one.dear]
+    ranks += [effective_rank(dense[len(dense) // 2].values())] * len(dense) if dense else []
+    return sorted(ranks)[len(ranks) // 2]
+
+
+def _on_weights(
+    adapter: Adapter, models: Mapping[str, nn.Module]
+) -> Iterator[tuple[tuple[str, str], LayerAdapter, nn.Module]]:
+    if not models:
+        return
+    for site, layer in fit(leaning(adapter), models, finite=True).layers.items():
+        live = submodule(models[site[0]], site[1])
+        if not frozen_weight(live).is_meta:
+            yield site, layer, live

@@ -96,6 +96,8 @@ class Run:
         self.start = self._begin()
         if config.train.checkpointing:
             turn_on_checkpointing(self.denoiser)
+        if config.train.compile:
+            self.denoiser.compile()
         self.format = format_for(self.trained, config.adapter.format)
         self.optimizer = optimizer_for(config.train, self.trained.groups(config))
         self.average = None if config.train.ema is None else Average(self.trained, config.train.ema)

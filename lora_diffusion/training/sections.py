@@ -256,6 +256,8 @@ class LoopConfig(Section):
     """The average as NAME.safetensors, or as NAME-ema.safetensors beside the last step's."""
     checkpointing: bool = False
     """Forget activations and compute them again in backward: a quarter to a third slower, far less memory."""
+    compile: bool = False
+    """torch.compile of the denoiser: minutes once for each shape of pictures, faster from then on."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; Ctrl-C writes one as well."""
     seed: int = 0

@@ -98,6 +98,21 @@ def test_strength_of_other_methods_is_that_of_their_dense_delta(method: str, kin
     assert row.effective_rank == pytest.approx(effective_rank(dense), rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["dora", "oft", "ia3", "glora", "vera"])
+def test_what_depends_on_the_base_is_as_strong_as_its_dense_delta_there(method: str):
+    base = nn.ModuleDict({"mid_block": nn.Linear(24, 40)})
+    layer = base["mid_block"]
+    adapter = new_method(method).fresh(layer)
+    for tensor in adapter.tensors.values():
+        if tensor.is_floating_point():
+            tensor.normal_()
+    (row,) = spectra(Adapter("x", {"unet": {"mid_block": adapter}}), {"unet": base})
+    dense = torch.linalg.svdvals(METHODS[method].delta(adapter, layer).flatten(1))
+    assert row.norm == pytest.approx(dense.norm().item(), rel=1e-4)
+    assert row.effective_rank == pytest.approx(effective_rank(dense), rel=1e-3)
+    assert spectra(Adapter("x", {"unet": {"mid_block": adapter}}), {"unet": base.to("meta")}) == []
+
+
 def test_a_magnitude_needs_the_base():
     layer = nn.Linear(6, 4)
     adapter = new_method("loha", rank=2).fresh(layer)

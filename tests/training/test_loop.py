@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, load_adapter, train
 from lora_diffusion.errors import ConfigError, DataError
@@ -179,3 +180,19 @@ def test_pictures_are_held_out_as_they_are_whatever_is_mirrored_or_watched(tmp_p
     mirrored["data"]["flip"] = True
     mirrored |= {"output": str(tmp_path / "mirrored"), "watch": {"measure_every": 1}}
     assert train(TrainConfig.parse(mirrored)).bands_base == train(plain).bands_base
+
+
+def test_a_compiled_denoiser_trains_the_same_to_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(len(inputs))  # what the compiler is given is run as it is: no C++ compiler is needed
+        return graph.forward
+
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(UNet2DConditionModel, "compile", compiled)
+    plain = train(config(tmp_path, steps=2))
+    made = train(TrainConfig.parse(settings(tmp_path, steps=2, compile=True) | {"output": str(tmp_path / "compiled")}))
+    assert graphs
+    assert made.backbone_unchanged
+    assert made.losses == pytest.approx(plain.losses, rel=1e-4)
