@@ -189,7 +189,7 @@ class AdapterStack:
         return {name: share for name, share in found if share is not None}
 
     def content_hash(self, name: str) -> str:
-        """The content hash of an adapter on the stack, as it is when two must be told apart or it is first asked for."""
+        """The content hash of an adapter on the stack, taken when it is first needed."""
         return self._stacked[self._known(name)].met.key
 
     def left_out(self, name: str) -> dict[str, str]:
