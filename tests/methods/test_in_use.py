@@ -11,7 +11,7 @@ import typer
 from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
-from lora_diffusion import Adapter, AdapterStack, LayerAdapter, TrainConfig, load_adapter, train
+from lora_diffusion import Adapter, AdapterStack, LayerAdapter, TrainConfig, load_adapter, save_adapter, train
 from lora_diffusion.attachment import attach
 from lora_diffusion.cli.methods import methods
 from lora_diffusion.errors import AdapterMismatchError, ConfigError
@@ -154,6 +154,37 @@ def test_a_methods_own_settings_are_checked_by_name_and_type(tmp_path: Path) -> 
         new_method("lokr", {"factor": "x"})
     with pytest.raises(ConfigError, match=r"^vera: rank 256 and seed -1"):
         new_method("vera", {"seed": -1})
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("adalora", {"orthogonality": float("nan")}),
+        ("adalora", {"orthogonality": float("inf")}),
+        ("vera", {"start": float("nan")}),
+        ("vera", {"start": 0.0}),  # b begins at 0 too: no gradient would ever reach either
+        ("lokr", {"factor": 0}),
+        ("tlora", {"power": 1000.0}),  # which no file could say
+        ("tlora", {"power": float("nan")}),
+    ],
+)
+def test_settings_that_could_train_nothing_sound_are_refused(name: str, own: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: .*expected"):
+        new_method(name, own, rank=4)
+
+
+def test_a_bias_is_trained_beside_a_pair_where_there_is_one(tmp_path: Path) -> None:
+    """A layer without a bias has a plain pair, in memory as in the file."""
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 6, bias=False), "to_v": torch.nn.Linear(8, 6)})
+    with attach(model, new_method("biased", rank=2), component="transformer") as attachment:
+        adapter = attachment.adapter("mine")
+    assert {name: layer.method for _, name, layer in adapter} == {"to_q": "lora", "to_v": "biased"}
+    again = load_adapter(save_adapter(adapter, tmp_path / "a.safetensors", format="kohya"))
+    assert again == adapter
+    assert again.content_hash == adapter.content_hash
+    with attach(model, new_method("biased", rank=2), component="transformer") as attachment:
+        attachment.load(again)
+        assert attachment.adapter("mine") == adapter
 
 
 def test_rslora_is_kept_as_an_alpha() -> None:

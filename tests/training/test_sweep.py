@@ -148,7 +148,7 @@ def test_a_sweep_that_there_is_not_is_an_error(sweep: ModuleType, trials: Module
 
 
 def test_the_published_table_and_plot_say_what_was_measured(sweep: ModuleType, tmp_path: Path) -> None:
-    """`benchmarks/sweep.md` and `.svg` are what the script makes of `sweep.json`; rates are as `docs/methods.md` says."""
+    """`benchmarks/sweep.md` and `.svg` are what the script makes of `sweep.json`; rates are as the docs say."""
     published = SCRIPTS.parent / "benchmarks"
     results = []
     for row in json.loads((published / "sweep.json").read_text("utf-8")):
