@@ -200,6 +200,13 @@ def test_another_methods_tensors_are_not_loaded_into_an_attachment() -> None:
         lokr.load(other)
 
 
+def test_a_rank_that_one_method_cannot_have_leaves_the_others_in_the_list() -> None:
+    """T-LoRA has no more ranks than the last convolution has outputs."""
+    rows = {row.name: row for row in registered(tiny.unet(), "conv", 16)}
+    assert rows["tlora"].parameters is None
+    assert all(rows[name].parameters for name in ("lora", "dora", "locon", "norm", "prefix"))
+
+
 def test_the_list_names_every_method_and_counts(tmp_path: Path) -> None:
     rows = {row.name: row for row in registered(tiny.unet(), "attention", 2)}
     assert list(rows) == list(METHODS)

@@ -18,6 +18,7 @@ from lora_diffusion.errors import TargetError
 from lora_diffusion.gates.masks import Region
 from lora_diffusion.inspection.methods import count_parameters
 from lora_diffusion.merging import bake
+from lora_diffusion.merging.conflicts import conflicts
 from lora_diffusion.methods.prefix import Prefix, queries
 from lora_diffusion.quantize import fingerprint
 from lora_diffusion.targets import find_targets
@@ -154,6 +155,9 @@ def test_it_cannot_be_fused_merged_or_baked_and_nothing_is_half_done(tmp_path: P
         np.testing.assert_array_equal(tiny.picture(pipe), apart)
     with pytest.raises(ConfigError, match="not linear"):
         merge([adapter], base=pipe)
+    for compute in (merge, conflicts):  # without a base too, where one would not help
+        with pytest.raises(ConfigError, match=r"attn1: method 'prefix' is not linear"):
+            compute([adapter, adapter.renamed("b")])
     pipe.save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match="prefix"):
         bake(tmp_path / "base", [(adapter, 1.0)], tmp_path / "baked")
