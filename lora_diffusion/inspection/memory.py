@@ -23,7 +23,7 @@ from lora_diffusion.attachment import attach
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import Family, family_of
 from lora_diffusion.families.skeletons import skeleton_of
-from lora_diffusion.inspection.rehearsal import Rehearsal
+from lora_diffusion.inspection.rehearsal import Rehearsal, put_words_in
 from lora_diffusion.methods import new_method
 from lora_diffusion.pipelines import DTYPES, pick_device, quantize_encoders, quiet
 from lora_diffusion.quantize import quantize, weight_bytes
@@ -32,6 +32,7 @@ from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loop import turn_on_checkpointing
 from lora_diffusion.training.objective import losses, objective_for
 from lora_diffusion.training.optimizers import optimizer_bytes
+from lora_diffusion.training.sections import TextConfig
 from lora_diffusion.training.words import encoders_for_words
 
 __all__ = ["Cost", "MemoryPlan", "plan_memory", "ways_to_fit"]
@@ -181,25 +182,33 @@ class _Stage:
 
     @contextmanager
     def _encoders_in_training(self, config: TrainConfig | None) -> Generator[list[nn.Parameter]]:
-        """Slots on the text encoders that are trained and vectors of new tokens, for the while; their parameters."""
+        """Slots and new tokens on the text encoders that are trained, for the while; their parameters."""
         attachments = encoders_for(config, self.pipe, self.family) if config else []
-        vectors, hooks = _vectors(config, self.pipe, self.family) if config else ([], [])
         for slot in (slot for attachment in attachments for slot in attachment.slots.values()):
             slot.to("meta").train()
+        parameters = [parameter for attachment in attachments for parameter in attachment.parameters()]
+        words = self._words(config.text) if config and config.text.tokens else []
         try:
-            yield [*vectors, *(parameter for attachment in attachments for parameter in attachment.parameters())]
+            yield parameters + [rows for rows, _ in words]
         finally:
-            for hook in hooks:
-                hook.remove()
             for attachment in attachments:
                 attachment.detach()
+            for _, hook in words:
+                hook.remove()
+
+    def _words(self, text: TextConfig) -> list[tuple[nn.Parameter, RemovableHandle]]:
+        names, count = encoders_for_words(self.pipe, self.family.text_encoders), len(text.tokens) * text.token_vectors
+        return [put_words_in(getattr(self.pipe, name).get_input_embeddings(), count) for name in names]
 
     def _encoders(self) -> list[nn.Module]:
         found = (getattr(self.pipe, name, None) for name in self.family.text_encoders)
         return [part for part in found if isinstance(part, nn.Module)]
 
     def _rehearse(self, denoiser: nn.Module, config: TrainConfig, live: bool) -> int:
-        """Bytes at the peak of a step; a second batch's or a prior's loss comes when gradients are there already."""
+        """Bytes at the peak of a step's forward and backward passes, gradients included.
+
+        A second batch or a prior's loss comes when gradients are there already.
+        """
         with torch.no_grad():
             latents, conditioning = self._inputs(config.train.batch, _largest(config))
         times = self.objective.draw(config.train.batch, torch.Generator())
@@ -237,18 +246,6 @@ def _adapter(denoiser: nn.Module, config: TrainConfig, family: Family) -> list[n
     for slot in attachment.slots.values():
         slot.to("meta").train()
     return attachment.parameters()
-
-
-def _vectors(config: TrainConfig, pipe: Any, family: Family) -> tuple[list[nn.Parameter], list[RemovableHandle]]:
-    """New tokens' vectors in the embeddings of text encoders, and the hooks by which they take part."""
-    made, hooks = list[nn.Parameter](), list[RemovableHandle]()
-    count = len(config.text.tokens) * config.text.token_vectors
-    for name in encoders_for_words(pipe, family.text_encoders) if count else ():
-        table: Any = getattr(pipe, name).get_input_embeddings()
-        rows = nn.Parameter(torch.empty(count, table.weight.shape[1], device="meta"))
-        hooks.append(table.register_forward_hook(lambda _, args, out, rows=rows: out + rows.sum(0).to(out.dtype)))
-        made.append(rows)
-    return made, hooks
 
 
 def _largest(config: TrainConfig) -> int:

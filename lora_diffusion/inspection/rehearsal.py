@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Rehearsal"]
+__all__ = ["Rehearsal", "put_words_in"]
 
 
 class Rehearsal(TorchDispatchMode):
@@ -64,6 +65,16 @@ class Rehearsal(TorchDispatchMode):
             self.live -= size
 
         return gone
+
+
+def put_words_in(table: nn.Module, count: int) -> tuple[nn.Parameter, RemovableHandle]:
+    """`count` trained vectors on the meta device, and the hook that puts them into what a table looks up."""
+    rows = nn.Parameter(torch.empty(count, next(table.parameters()).shape[-1], device="meta"))
+
+    def put_in(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return torch.where(args[0][..., None] == 0, rows[0].to(out.dtype), out)
+
+    return rows, table.register_forward_hook(put_in)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:

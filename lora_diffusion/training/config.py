@@ -67,10 +67,10 @@ class TrainConfig(Section):
             raise ValueError(f"recipe {self.recipe!r} needs data.trigger, the word that calls what is learned")
         if fault := _fault_of(self.prior, self.data):
             raise ValueError(fault)
-        if fault := _fault_of_rates(self.train, self.text):
-            raise ValueError(fault)
         if self.adapter.targets == [] and not self.text.live:
             raise ValueError("adapter.targets is empty, and neither text.tokens nor text.train is there to be trained")
+        if fault := _fault_of_rates(self.train, self.text):
+            raise ValueError(fault)
         if self.watch.every and not self.watch.prompts:
             raise ValueError("watch.every draws watch.prompts, and there are none")
         return self

@@ -48,14 +48,15 @@ class Judge:
     def bands(self, batches: Batches) -> list[float]:
         """Mean loss over all items at each of `HELDOUT_BANDS` fixed times, clean to noisy; none without items.
 
-        Noise depends on the place alone, and the error is squared whatever is trained with.
+        Noise depends on an item's place, not on `train.batch`, and the error is squared whatever is trained with.
         """
         assert self.trained is not None
         self.trained.training(False)
         sums, count = [0.0] * HELDOUT_BANDS, 0
-        for place, batch in enumerate(batches.in_order()):
+        for batch in batches.in_order():
             for band, time in enumerate(self.objective.grid(HELDOUT_BANDS)):
-                noise = torch.randn(batch.latents.shape, generator=generator_for(0, "heldout", place, band))
+                drawn = (generator_for(0, "heldout", count + i, band) for i in range(len(batch.latents)))
+                noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=one) for one in drawn])
                 sums[band] += self._losses(batch, noise, time.repeat(len(batch.latents))).sum().item()
             count += len(batch.latents)
         self.trained.training(True)

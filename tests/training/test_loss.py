@@ -134,7 +134,12 @@ def test_options_of_another_process_are_refused(
 
 @pytest.mark.parametrize(
     ("base", "change"),
-    [("sd", "loss.snr_gamma=1.0"), ("sd", "loss.kind=smooth_l1"), ("flux", "times.sampling=uniform")],
+    [
+        ("sd", "loss.snr_gamma=1.0"),
+        ("sd", "loss.kind=smooth_l1"),
+        ("sd", "train.batch=1"),
+        ("flux", "times.sampling=uniform"),
+    ],
 )
 def test_an_option_changes_the_training_and_not_what_is_measured(tmp_path: Path, base: str, change: str) -> None:
     given = settings(tmp_path, base, steps=2)
@@ -142,5 +147,5 @@ def test_an_option_changes_the_training_and_not_what_is_measured(tmp_path: Path,
     override(given, change)
     changed = train(TrainConfig.parse(given | {"output": str(tmp_path / "other")}))
     assert changed.losses != plain.losses
-    assert changed.heldout_base == plain.heldout_base
+    assert changed.heldout_base == pytest.approx(plain.heldout_base, rel=1e-6)  # a batch rounds in its own way
     assert changed.heldout_adapter != plain.heldout_adapter
