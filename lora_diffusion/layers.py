@@ -38,6 +38,11 @@ def is_attention(layer: nn.Module) -> bool:
     return plain and ends and is_linear(query) and is_linear(outputs[0])  # type: ignore[arg-type]
 
 
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether an adapter of any kind could have a weight of its own there: it has numbers, or is an attention."""
+    return isinstance(getattr(layer, "weight", None), Tensor) or is_attention(layer)
+
+
 def core(layer: nn.Module) -> nn.Module:
     """The layer whose weight says device and precision: the queries' of an attention, else the layer itself."""
     query = vars(layer)["_modules"].get("to_q")  # a search through attributes would take longer

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from lora_diffusion.composing import Composition
 from lora_diffusion.dial import Dial
-from lora_diffusion.errors import TargetError
+from lora_diffusion.errors import TargetError, some
 from lora_diffusion.fitting import Site
-from lora_diffusion.layers import submodule
+from lora_diffusion.layers import is_attention, is_norm, submodule
 from lora_diffusion.lora import Slot, slot_of
 from lora_diffusion.packing import unrecorded, write_all
 from lora_diffusion.stacked import Stacked, balance, settled
+from lora_diffusion.targets import Targets, find_targets
 
 
 class Seating:
@@ -32,6 +33,16 @@ class Seating:
                     f"{component} {name} carries adapters of another stack or of a training; add to that stack, "
                     "or clear it first"
                 )
+
+    def reserve(self, component: str, targets: Targets, rank: int) -> dict[Site, int]:
+        """Have the target layers hold `rank` rows at least once they are seated. TargetError where there are none."""
+        layers = find_targets(self.components[component], targets)
+        if rowless := [name for name, layer in layers.items() if is_norm(layer) or is_attention(layer)]:
+            raise TargetError(f"reserve: {some(rowless)} hold no rows; expected linear layers or convolutions")
+        sites = {(component, name): rank for name in layers}
+        self.check(sites)
+        self.reserved |= sites
+        return sites
 
     def seat(self, sites: Collection[Site], stacked: Sequence[Stacked], composition: Composition) -> None:
         """Put on these layers what belongs there of all adapters, given in the order they were added."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
 from lora_diffusion.clock import Clock
@@ -26,12 +26,12 @@ from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.fading import fading_of
-from lora_diffusion.layers import submodule
+from lora_diffusion.layers import is_adaptable, submodule
 from lora_diffusion.lora import Slot
 from lora_diffusion.resident import Residents
 from lora_diffusion.seating import Seating
 from lora_diffusion.stacked import Stacked
-from lora_diffusion.targets import Targets, find_targets
+from lora_diffusion.targets import Targets
 from lora_diffusion.tokens import Vocabulary
 
 
@@ -54,7 +54,7 @@ class AdapterStack:
         """Put empty slots of at least `rank` rows on the target layers, once, before `torch.compile`.
 
         Weights then change, and adapters come and go within the reserve, without a recompilation. `clear` keeps
-        the reserve; `release` gives it up. TargetError for an unknown component or target, ConfigError for no rank.
+        the reserve; `release` gives it up. TargetError for an unknown component or target, norms and attentions.
         """
         self._refuse_if_fused()
         given: Any = rank
@@ -63,10 +63,7 @@ class AdapterStack:
         name = next((n for n in DENOISERS if n in self.components), component) if component == "denoiser" else component
         if name not in self.components:
             raise TargetError(f"no component {name!r}; there are {', '.join(self.components)}")
-        sites = {(name, layer): rank for layer in find_targets(self.components[name], targets)}
-        self._seating.check(sites)
-        self._seating.reserved |= sites
-        self._seat(sites)
+        self._seat(self._seating.reserve(name, targets, rank))
 
     def release(self) -> None:
         """Give the reserve up; layers without an adapter are as they were."""
@@ -254,9 +251,9 @@ class AdapterStack:
 
     @cached_property
     def _layers(self) -> dict[str, list[str]]:
-        """Names of all layers that have a weight (some methods adapt norms too), by component."""
+        """Names of all layers that an adapter can be on, norms and whole attentions too, by component."""
         return {
-            component: [n for n, layer in model.named_modules() if isinstance(getattr(layer, "weight", None), Tensor)]
+            component: [name for name, layer in model.named_modules() if is_adaptable(layer)]
             for component, model in self.components.items()
         }
 

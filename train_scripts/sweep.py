@@ -1,4 +1,5 @@
-"""Three sweeps over one configuration: ranks at one alpha / rank, methods at equal parameters, sets of target layers.
+"""Three sweeps over one configuration: ranks at one alpha / rank, methods as near to equal parameters as each can come,
+and sets of target layers.
 
     python train_scripts/sweep.py train_scripts/configs/ink.toml --out runs/sweep train.steps=100
     python train_scripts/sweep.py CONFIG.toml --base FOLDER --out runs/ranks --sweeps rank --ranks 1,4,16
@@ -121,7 +122,7 @@ def write(results: Sequence[Result], out: Path) -> None:
     if "method" in panels:
         panels["method"].sort(key=lambda dot: dot.value)
     (out / "results.md").write_text("\n".join(lines) + "\n", "utf-8")
-    titles = {"rank": "Ranks", "method": "Methods at about equal parameters", "targets": "Target layers"}
+    titles = {"rank": "Ranks", "method": "Methods, parameters as equal as each allows", "targets": "Target layers"}
     drawn = dots([(titles[sweep], rows) for sweep, rows in panels.items()], "held-out loss over the base's")
     (out / "results.svg").write_text(drawn, "utf-8")
 

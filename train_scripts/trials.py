@@ -31,7 +31,8 @@ VARIANTS = {
     "loftq": ("adapter.init=loftq",),
     "eva": ("adapter.init=eva",),
 }
-#: learning rates over the configuration's: higher for few numbers and for such as multiply others, lower for weights
+#: learning rates over the configuration's: higher for few numbers and for such as multiply others, lower for weights.
+#: Those of AdaLoRA and the prefix were raised after their first results, the others were set before any.
 RATES = {"full": 0.1, "adalora": 5.0, "norm": 5.0, "ia3": 5.0, "vera": 5.0, "tokens": 5.0, "prefix": 10.0}
 TOKEN, WORD, VECTORS = "<sweep>", "picture", 8  # prompt tuning: the new token, what it begins as, its vectors
 TEXT_RATE = 0.5  # of the text encoder's adapters over the denoiser's

@@ -85,7 +85,7 @@ def read(path: Path, accept: Callable[[Header], object] | None = None) -> tuple[
         if accept:
             accept(header)
         size = max((entry.end for entry in header.entries.values()), default=0)
-        memory = numpy.empty(-(-size // 8) * 8, dtype=numpy.uint8)  # whole elements of every dtype; in huge pages
+        memory = numpy.empty(-(-size // 8) * 8 or 8, dtype=numpy.uint8)  # whole elements of every dtype; in huge pages
         file.seek(header.data)
         if not _fill(file, memory.data[:size]):
             raise AdapterFileError(f"{path.name}: the file became shorter while it was read")

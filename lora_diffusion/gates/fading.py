@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from lora_diffusion.errors import AdapterFileError
 
 KEY = "lora_diffusion.fading"  # in an adapter's metadata
+STEEPEST = 1e3  # what `power` stays below
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def fading_of(metadata: Mapping[str, str], adapter: str) -> Fading | None:
         fading = Fading(int(given["min_rank"]), float(given["power"]), int(given["rows"]))
     except (ValueError, TypeError, KeyError, OverflowError):
         fading = None
-    if fading is None or fading.min_rank < 0 or fading.rows < 1 or not 0 < fading.power < 1e3:
+    if fading is None or fading.min_rank < 0 or fading.rows < 1 or not 0 < fading.power < STEEPEST:
         raise AdapterFileError(
             f"adapter {adapter!r}: metadata {KEY} is {metadata[KEY][:100]!r}; expected min_rank, power and rows"
         )

@@ -21,7 +21,7 @@ LARGEST = 1024  # rank that is looked at to make parameters equal
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One registered method. `parameters` is None without a model and where no layer of it takes the method.
+    """One registered method. `parameters` is None without a model, and where it is on no layer or has no such rank.
 
     `targets` is what they are counted on: other layers than the others' where the method is defined on none of those.
     """
@@ -42,11 +42,15 @@ def _row(name: str, model: nn.Module | None, targets: Targets, rank: int) -> Met
     about, tensors = _about(METHODS[name]), tuple(METHODS[name].tensors)
     if model is None:
         return MethodRow(name, about, tensors)
-    counted = count_parameters(name, list(find_targets(model, targets).values()), rank)
+    layers = list(find_targets(model, targets).values())
+    try:
+        counted = count_parameters(name, layers, rank)
+    except ConfigError:  # a rank that one of the layers cannot have
+        return MethodRow(name, about, tensors, None, targets)
     for other in ELSEWHERE if counted is None else ():
         try:
             counted = count_parameters(name, list(find_targets(model, other).values()), rank)
-        except TargetError:
+        except (TargetError, ConfigError):
             continue
         if counted is not None:
             return MethodRow(name, about, tensors, counted, other)

@@ -20,7 +20,7 @@ from lora_diffusion.fitting import fit
 from lora_diffusion.gates import ALIASES, resolve_weight
 from lora_diffusion.layers import submodule
 from lora_diffusion.merging.factors import Factors, factors_of
-from lora_diffusion.methods import METHODS, bias_change
+from lora_diffusion.methods import METHODS, bias_change, is_dense
 from lora_diffusion.pipelines import load_pipeline
 from lora_diffusion.stack import AdapterStack
 
@@ -121,6 +121,10 @@ def _placed(adapter: Adapter, models: Models | None) -> Iterator[tuple[str, str,
 
 
 def _check_alone(share: Share, others: Sequence[Share]) -> None:
+    if share.layer.method in METHODS and not is_dense(share.layer.method):
+        raise ConfigError(
+            f"{share.where}: method {share.layer.method!r} is not linear: it has no change to compute with"
+        )
     if share.layer.method != "lora":
         raise ConfigError(
             f"{share.where}: what its method {share.layer.method!r} changes depends on the base model; "

@@ -66,7 +66,7 @@ class AdaLoRA(Ranked):
         super().__post_init__()
         if self.final_rank is not None and not 0 < self.final_rank <= self.rank:
             raise ConfigError(f"adalora: final_rank is {self.final_rank}, expected 1 to the rank, {self.rank}")
-        if self.every < 1 or self.orthogonality < 0 or min(self.hold or 0, self.settle or 0) < 0:
+        if self.every < 1 or not 0 <= self.orthogonality < math.inf or min(self.hold or 0, self.settle or 0) < 0:
             raise ConfigError(f"adalora: {self}; expected every >= 1 and no negative numbers")
         if not (0 < self.beta_mean < 1 and 0 < self.beta_spread < 1):
             raise ConfigError(f"adalora: betas {self.beta_mean} and {self.beta_spread}, expected between 0 and 1")

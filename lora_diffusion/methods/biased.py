@@ -41,11 +41,11 @@ class Biased(Ranked):
     tensors: ClassVar[Mapping[str, bool]] = {"down": True, "up": True, "diff_b": False, "up_bias": False}
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
-        """A LoRA pair as it starts, and zeros for the bias of a layer that has one."""
+        """A LoRA pair as it starts, and zeros for the bias of a layer that has one; where it has none, that is LoRA."""
         pair = LoRA(self.rank, self.stored_alpha).fresh(layer, generator)
-        has_bias = isinstance(getattr(layer, "bias", None), Tensor)
-        bias = {"diff_b": torch.zeros(out_width(layer))} if has_bias else {}
-        return replace(pair, method=self.name, tensors={**pair.tensors, **bias})
+        if not isinstance(getattr(layer, "bias", None), Tensor):
+            return pair
+        return replace(pair, method=self.name, tensors={**pair.tensors, "diff_b": torch.zeros(out_width(layer))})
 
     @staticmethod
     def check(adapter: LayerAdapter, layer: nn.Module) -> str | None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch, decomposed
@@ -86,6 +87,11 @@ class LoKr(Ranked):
     tensors: ClassVar[Mapping[str, bool]] = dict.fromkeys(
         ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "window"), False
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factor < 1 and self.factor != -1:
+            raise ConfigError(f"lokr: factor is {self.factor}, expected at least 1, or -1 for about the root")
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """As LyCORIS: all Kaiming-uniform but `w2`, or `w2_b`, which is zero."""

@@ -6,7 +6,8 @@ Li & Liang 2021, arXiv 2101.00190, put them into the attention's one softmax, wh
 second term in shares 1 - λ(x) and λ(x) (He et al. 2022, arXiv 2110.04366, eq. 7). Here, as in LLaMA-Adapter (Zhang et
 al. 2023, arXiv 2303.16199) and IP-Adapter (Ye et al. 2023, arXiv 2308.06721), the softmaxes are apart, and V begins at
 0: a fresh prefix changes nothing and a weight multiplies. Its tokens have no place, so that rotary embeddings leave
-them alone. In joint attention only the picture's queries see them. Not linear in the input: no merging or baking.
+them alone. Where the text's tokens have queries beside the picture's, only the picture's see them. Not linear in the
+input: no merging or baking.
 """
 
 from __future__ import annotations

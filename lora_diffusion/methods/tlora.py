@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.branches import convolved, pointwise
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.gates.fading import Fading
+from lora_diffusion.gates.fading import STEEPEST, Fading
 from lora_diffusion.layers import kernel_shape, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch
@@ -81,9 +81,10 @@ class TLoRA(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= (self.min_rank or 0) <= self.rank or not (math.isfinite(self.power) and self.power > 0):
+        if not 0 <= (self.min_rank or 0) <= self.rank or not 0 < self.power < STEEPEST:
             raise ConfigError(
-                f"tlora: min_rank {self.min_rank}, power {self.power}; expected 0 to {self.rank}, above 0"
+                f"tlora: min_rank {self.min_rank}, power {self.power}; expected 0 to {self.rank}, above 0 and below"
+                f" {STEEPEST:g}"
             )
 
     @property

@@ -6,6 +6,7 @@ B are made again: the seed, and the outputs and inputs of the widest layer (`pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -57,6 +58,8 @@ class VeRA:
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"vera: rank {self.rank} and seed {self.seed}; expected at least 1 and at least 0")
+        if not math.isfinite(self.start) or not self.start:
+            raise ConfigError(f"vera: start is {self.start}; expected a number, and not 0, from which nothing moves")
 
     @staticmethod
     def supports(layer: nn.Module) -> bool:

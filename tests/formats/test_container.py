@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_diffusion import AdapterFileError
+from lora_diffusion import AdapterFileError, load_adapter
 from lora_diffusion.formats import container
 
 SAMPLE = {
@@ -94,6 +94,19 @@ def test_a_failed_write_leaves_what_was_there_and_no_litter(tmp_path: Path, monk
         container.write(tmp_path / "a", {"z": torch.ones(1)}, {}, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == before
+
+
+def test_tensors_without_a_number_are_read_as_such(tmp_path: Path):
+    """No byte behind the header: what cannot be used is said by those who use it."""
+    empty = torch.zeros(0, 4)
+    container.write(tmp_path / "a", {"x.lora_down.weight": empty, "x.lora_up.weight": empty.t().contiguous()}, {})
+    tensors, _ = container.read(tmp_path / "a")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "x.lora_down.weight": (0, 4),
+        "x.lora_up.weight": (4, 0),
+    }
+    with pytest.raises(AdapterFileError, match="no elements"):
+        load_adapter(tmp_path / "a")
 
 
 def test_nothing_to_write_is_refused(tmp_path: Path):

@@ -11,7 +11,7 @@ import typer
 from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
-from lora_diffusion import Adapter, AdapterStack, LayerAdapter, TrainConfig, load_adapter, train
+from lora_diffusion import Adapter, AdapterStack, LayerAdapter, TrainConfig, load_adapter, save_adapter, train
 from lora_diffusion.attachment import attach
 from lora_diffusion.cli.methods import methods
 from lora_diffusion.errors import AdapterMismatchError, ConfigError
@@ -156,6 +156,37 @@ def test_a_methods_own_settings_are_checked_by_name_and_type(tmp_path: Path) -> 
         new_method("vera", {"seed": -1})
 
 
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("adalora", {"orthogonality": float("nan")}),
+        ("adalora", {"orthogonality": float("inf")}),
+        ("vera", {"start": float("nan")}),
+        ("vera", {"start": 0.0}),  # b begins at 0 too: no gradient would ever reach either
+        ("lokr", {"factor": 0}),
+        ("tlora", {"power": 1000.0}),  # which no file could say
+        ("tlora", {"power": float("nan")}),
+    ],
+)
+def test_settings_that_could_train_nothing_sound_are_refused(name: str, own: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: .*expected"):
+        new_method(name, own, rank=4)
+
+
+def test_a_bias_is_trained_beside_a_pair_where_there_is_one(tmp_path: Path) -> None:
+    """A layer without a bias has a plain pair, in memory as in the file."""
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 6, bias=False), "to_v": torch.nn.Linear(8, 6)})
+    with attach(model, new_method("biased", rank=2), component="transformer") as attachment:
+        adapter = attachment.adapter("mine")
+    assert {name: layer.method for _, name, layer in adapter} == {"to_q": "lora", "to_v": "biased"}
+    again = load_adapter(save_adapter(adapter, tmp_path / "a.safetensors", format="kohya"))
+    assert again == adapter
+    assert again.content_hash == adapter.content_hash
+    with attach(model, new_method("biased", rank=2), component="transformer") as attachment:
+        attachment.load(again)
+        assert attachment.adapter("mine") == adapter
+
+
 def test_rslora_is_kept_as_an_alpha() -> None:
     adapter = LoRA(16, 4.0, rslora=True).fresh(torch.nn.Linear(4, 4))
     assert LoRA.scale(adapter) == 4.0 / 16**0.5
@@ -167,6 +198,13 @@ def test_another_methods_tensors_are_not_loaded_into_an_attachment() -> None:
         other = loha.adapter("x")
     with attach(model, new_method("lokr", rank=4)) as lokr, pytest.raises(AdapterMismatchError, match="expected lokr"):
         lokr.load(other)
+
+
+def test_a_rank_that_one_method_cannot_have_leaves_the_others_in_the_list() -> None:
+    """T-LoRA has no more ranks than the last convolution has outputs."""
+    rows = {row.name: row for row in registered(tiny.unet(), "conv", 16)}
+    assert rows["tlora"].parameters is None
+    assert all(rows[name].parameters for name in ("lora", "dora", "locon", "norm", "prefix"))
 
 
 def test_the_list_names_every_method_and_counts(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from torch import nn
 from lora_diffusion import Adapter, AdapterStack, ConfigError, LayerAdapter, TrainConfig, load_adapter, merge, train
 from lora_diffusion.attachment import attach
 from lora_diffusion.errors import TargetError
+from lora_diffusion.gates.masks import Region
 from lora_diffusion.inspection.methods import count_parameters
 from lora_diffusion.merging import bake
+from lora_diffusion.merging.conflicts import conflicts
 from lora_diffusion.methods.prefix import Prefix, queries
 from lora_diffusion.quantize import fingerprint
 from lora_diffusion.targets import find_targets
@@ -106,6 +108,40 @@ def test_sliced_attention_and_images_of_their_own_weight_are_served() -> None:
     assert np.abs(both[1] - first[1]).max() > 1e-4
 
 
+def test_weights_by_component_block_region_and_step_reach_whole_attentions() -> None:
+    pipe = tiny.sd()
+    adapter = prefixes(pipe, "unet")
+    half = np.zeros((32, 32), np.float32)
+    half[:, :16] = 1
+    with AdapterStack(pipe) as stack:
+        stack.add(adapter, 0.0)
+        plain = tiny.picture(pipe)
+        stack.weigh("prefix", 0.5)
+        everywhere = tiny.picture(pipe)
+        stack.weigh("prefix", {"unet": 0.5})
+        np.testing.assert_array_equal(tiny.picture(pipe), everywhere)
+        names = find_targets(pipe.unet, "attention-blocks")
+        stack.weigh("prefix", {"up": 0.5, "down": 0.5, **({"mid": 0.5} if any("mid" in n for n in names) else {})})
+        np.testing.assert_array_equal(tiny.picture(pipe), everywhere)
+        drawn = [plain, everywhere]
+        for weight in ({"up": 0.5}, {"*.attn1": 0.5}, {"down": Region(half, 0.5)}, Region(half, 0.5), "0@0,0.5@1"):
+            stack.weigh("prefix", weight)
+            drawn.append(tiny.picture(pipe))
+            assert min(np.abs(drawn[-1] - other).max() for other in drawn[:-1]) > 1e-4, weight
+
+
+def test_rows_are_not_reserved_where_there_are_none() -> None:
+    pipe = tiny.sd()
+    tree = repr(pipe.unet)
+    with AdapterStack(pipe) as stack:
+        for targets in ("attention-blocks", "norm"):
+            with pytest.raises(TargetError, match=r"reserve: .* hold no rows; expected linear layers"):
+                stack.reserve(8, targets)
+        assert repr(pipe.unet) == tree
+        stack.reserve(8, "attention")
+        stack.add(prefixes(pipe, "unet"))
+
+
 def test_it_cannot_be_fused_merged_or_baked_and_nothing_is_half_done(tmp_path: Path) -> None:
     pipe = tiny.sd()
     adapter = prefixes(pipe, "unet")
@@ -119,6 +155,9 @@ def test_it_cannot_be_fused_merged_or_baked_and_nothing_is_half_done(tmp_path: P
         np.testing.assert_array_equal(tiny.picture(pipe), apart)
     with pytest.raises(ConfigError, match="not linear"):
         merge([adapter], base=pipe)
+    for compute in (merge, conflicts):  # without a base too, where one would not help
+        with pytest.raises(ConfigError, match=r"attn1: method 'prefix' is not linear"):
+            compute([adapter, adapter.renamed("b")])
     pipe.save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match="prefix"):
         bake(tmp_path / "base", [(adapter, 1.0)], tmp_path / "baked")

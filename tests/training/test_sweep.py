@@ -145,3 +145,24 @@ def test_a_sweep_that_there_is_not_is_an_error(sweep: ModuleType, trials: Module
         trials.plan(TrainConfig.parse(settings(tmp_path)), ["depth"], [1])
     with pytest.raises(ConfigError, match="expected whole numbers"):
         sweep._numbers("1,x")
+
+
+def test_the_published_table_and_plot_say_what_was_measured(sweep: ModuleType, tmp_path: Path) -> None:
+    """`benchmarks/sweep.md` and `.svg` are what the script makes of `sweep.json`; rates are as the docs say."""
+    published = SCRIPTS.parent / "benchmarks"
+    results = []
+    for row in json.loads((published / "sweep.json").read_text("utf-8")):
+        own = {key: row.pop(key) for key in ("sweep", "name", "settings", "parameters", "lr")}
+        own["settings"] = tuple(own["settings"])
+        results.append(sweep.Result(sweep.Trial(**own), **row))
+    sweep.write(results, tmp_path)
+    for ending in ("json", "md", "svg"):
+        assert (tmp_path / f"results.{ending}").read_text("utf-8") == (published / f"sweep.{ending}").read_text("utf-8")
+    rates = {one.trial.name: one.trial.lr / 2e-3 for one in results if one.trial.sweep == "method"}
+    others = {name: round(rate, 6) for name, rate in rates.items() if round(rate, 6) != 1}
+    raised = dict.fromkeys(("adalora", "ia3", "vera", "norm", "tokens"), 5.0)
+    assert others == {**raised, "prefix": 10.0, "full": 0.1}
+    words = (SCRIPTS.parent / "docs" / "methods.md").read_text("utf-8")
+    own_base = {one.trial.name: one.heldout_base for one in results if one.heldout_base != results[0].heldout_base}
+    assert list(own_base) == ["tokens"]
+    assert f"{own_base['tokens'] / results[0].heldout_base:.1%}".replace("%", " %") in words
