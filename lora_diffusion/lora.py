@@ -108,7 +108,9 @@ class Slot(nn.Module):
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 old, kind = self._parameters.get(name), (dtype, device)
                 held = None if old is None else old.data
-                packed = repacked(held, shape, kind, before, blocks, lambda i, name=name: pairs[i].rows(name))
+                packed = repacked(
+                    held, shape, kind, before, blocks, lambda i, n=name, s=shape: pairs[i].rows(n).reshape(-1, *s[1:])
+                )
                 if held is None or not held.is_set_to(packed):
                     self._parameters[name] = nn.Parameter(packed, requires_grad=trainable and rows > 0)
         self.packed = () if trainable else tuple(blocks)
@@ -136,7 +138,7 @@ class Slot(nn.Module):
                 ]
         for pair, (token, _), (down, up) in zip(pairs, self.packed, self.views, strict=True):
             if pair.token is not token:
-                writes += ((down, pair.rows("down", down.dtype)), (up, pair.rows("up", up.dtype)))
+                writes += ((down, pair.rows("down", down.dtype).view_as(down)), (up, pair.rows("up", up.dtype)))
         self.packed = tuple([pair.block for pair in pairs])
         self.entries = self.pairs = tuple([pair.entry for pair in pairs])
         return True
@@ -255,10 +257,8 @@ class Slot(nn.Module):
 
     def _merging_pays(self, layer: nn.Module, x: Tensor) -> bool:
         weight = layer._parameters.get("weight")
-        if torch.is_grad_enabled() or self.gate.dim() > 1 or weight is None:
-            return False
-        if self.branches:
-            return False  # they need the base output
+        if torch.is_grad_enabled() or self.gate.dim() > 1 or weight is None or self.branches:
+            return False  # branches need the base output
         if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
             return False  # 4-bit, offloaded or tied up otherwise
         if weight.dtype == torch.float16 and weight.device.type == "cpu":

@@ -38,7 +38,7 @@ class Pair:
         return (self.name, self.rank, self.scale)
 
     def rows(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """`down` as (rank, in[, kh, kw]) or `up` as (rank, out). With a dtype in that, laid out once and kept."""
+        """`down` (rank, …) as it is or `up` as (rank, out). With a dtype in that, laid out once and kept."""
         laid = self.laid.get(name)
         if dtype is not None and laid is not None and laid.dtype == dtype:
             return laid

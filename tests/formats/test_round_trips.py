@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -116,6 +117,7 @@ LAYERS: dict[str, nn.Module] = {
     "mid_block.attentions.0.proj_in": nn.Linear(16, 24),
     "mid_block.resnets.0.conv1": nn.Conv2d(8, 12, 3),
     "mid_block.attentions.0.norm": nn.LayerNorm(16),
+    "mid_block.attentions.0.transformer_blocks.0.attn1": Attention(16, heads=2, dim_head=8),
 }
 #: what other tools than LyCORIS' and ComfyUI's can say
 SAYS = {"diffusers": {"lora", "dora"}, "peft": {"lora", "dora", "vera"}}
