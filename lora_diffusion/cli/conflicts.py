@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ def conflicts(
     if picture is not None:
         refuse_existing(picture, overwrite, ".png")
 
+    from rich.markup import escape
     from rich.table import Table
 
     from lora_diffusion.cli.progress import console, say
@@ -34,13 +36,14 @@ def conflicts(
     from lora_diffusion.merging.picture import heat_map
     from lora_diffusion.sheet import write_picture
 
-    table = Table("adapters", "component", "block", "columns", "rows", "signs", "norms", "weights")
     found = find_conflicts([load_adapter(path) for path in paths], base)
-    for row in found:
-        figures = (f"{row.columns:.2f}", f"{row.rows:.2f}", f"{row.signs:.2f}", f"{row.ratio:.2f}")
-        weights = f"{row.weights[0]:.2f} / {row.weights[1]:.2f}"
-        table.add_row(f"{row.first} / {row.second}", row.component, row.block, *figures, weights)
-    console.print(table)
+    for pair, rows in groupby(found, key=lambda row: (row.first, row.second)):
+        heads = ("component", "block", "columns", "rows", "signs", "norms", "weights")
+        table = Table(*heads, title=escape(" / ".join(pair)), title_justify="left")
+        for row in rows:
+            figures = (f"{row.columns:.2f}", f"{row.rows:.2f}", f"{row.signs:.2f}", f"{row.ratio:.2f}")
+            table.add_row(row.component, row.block, *figures, f"{row.weights[0]:.2f} / {row.weights[1]:.2f}")
+        console.print(table)
     if picture is not None:
         write_picture(heat_map(found), picture)
         say(str(picture))
