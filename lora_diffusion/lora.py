@@ -96,8 +96,8 @@ class Slot(nn.Module):
         Rows that are there already stay or move; rows beyond all, up to `reserve`, are zero. Tensors of the right
         shape are written in place.
         """
-        dtype = torch.float32 if trainable else compute_dtype(core(layer))
-        weight = frozen_weight(core(layer))
+        weight = frozen_weight(inner := core(layer))
+        dtype = torch.float32 if trainable else compute_dtype(inner)
         device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded between calls
         pairs = [part for part in parts if isinstance(part, Pair)]
         blocks = [pair.block for pair in pairs]

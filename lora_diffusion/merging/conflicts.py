@@ -71,8 +71,8 @@ def conflicts(adapters: Sequence[Adapter], base: Any = None) -> list[Conflict]:
 def _between(a: Adapter, b: Adapter, models: Models | None) -> list[Conflict]:
     tallies: dict[tuple[str, str], _Tally] = {}
     for (component, name), shares in shares_of([a, b], [1.0, 1.0], models).items():
-        changes = [share.change() for share in shares]
-        if len(changes) == 2 and all(isinstance(one, Factors) or one.weight.dim() > 1 for one in changes):
+        changes = [share.change() for share in shares] if len(shares) == 2 else []
+        if changes and all(isinstance(one, Factors) or one.weight.dim() > 1 for one in changes):
             block = next(reversed(blocks_of(name)), "other")
             _count(tallies.setdefault((component, block), _Tally()), *changes)
     return [_conflict(a.name, b.name, *place, tally) for place, tally in tallies.items()]

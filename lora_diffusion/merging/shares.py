@@ -44,10 +44,6 @@ class Dense:
         """The weight's change, (out, in · kh · kw)."""
         return self.weight.flatten(1)
 
-    def norm(self) -> float:
-        """Frobenius norm of the weight's change."""
-        return float(self.weight.norm())
-
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, r), s (r,) falling, V (r, in · kh · kw), r the smaller side."""
         u, s, v = torch.linalg.svd(self.dense(), full_matrices=False)

@@ -20,7 +20,7 @@ from lora_diffusion.methods import METHODS
 from lora_diffusion.methods.adalora import AdaLoRA
 from lora_diffusion.methods.allocating import Allocator, Schedule
 from tests import tiny
-from tests.training.pictures import settings
+from tests.training.pictures import cut_off, settings
 
 NAMES = {"down": "lora_A", "sigma": "lora_E", "up": "lora_B"}
 STEPS = 12
@@ -153,13 +153,7 @@ def test_it_trains_from_a_configuration_resumes_exactly_and_diffusers_draws_what
     config = TrainConfig.parse(given)
     whole = train(config)
     stopped = config.changed(f"output={tmp_path / 'resumed'}")
-
-    def interrupt(progress: object) -> None:
-        if (progress.stage, progress.done) == ("train", 3):  # type: ignore[attr-defined]
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(stopped, interrupt)
+    cut_off(stopped, at=3)
     resumed = train(stopped)
     assert whole.adapter is not None
     assert resumed.adapter is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from lora_diffusion import TrainConfig, TrainResult, train
@@ -45,6 +46,17 @@ def settings(root: Path, base: str = "sd", **train: Any) -> dict[str, Any]:
 def config(root: Path, base: str = "sd", **train: Any) -> TrainConfig:
     """The same as a TrainConfig."""
     return TrainConfig.parse(settings(root, base, **train))
+
+
+def cut_off(config: TrainConfig, at: int) -> None:
+    """Train until something is raised in the middle of a step's report, which no loop expects."""
+
+    def cut(progress: Progress) -> None:
+        if progress.stage == "train" and progress.done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, cut)
 
 
 def interrupted(config: TrainConfig, after: int = 1) -> TrainResult:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_diffusion import ConfigError, TrainConfig, train
-from lora_diffusion.training.results import Progress
-from tests.training.pictures import settings
+from tests.training.pictures import cut_off, settings
 
 
 def test_a_run_that_was_cut_off_has_every_point_once_and_the_bytes_of_one_that_says_nothing(tmp_path: Path) -> None:
@@ -17,13 +16,7 @@ def test_a_run_that_was_cut_off_has_every_point_once_and_the_bytes_of_one_that_s
     silent = train(TrainConfig.parse(settings(tmp_path, steps=4)))
     watch = {"tensorboard": True, "measure_every": 2, "prompts": ["thing 1"], "every": 2, "pictures": 1, "steps": 1}
     config = TrainConfig.parse(settings(tmp_path, steps=4) | {"watch": watch, "output": str(tmp_path / "told")})
-
-    def cut_off(progress: Progress) -> None:
-        if progress.stage == "train" and progress.done == 3:  # step 2 is in a checkpoint, step 3 in none
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, cut_off)
+    cut_off(config, at=3)  # step 2 is in a checkpoint, step 3 in none
     result = train(config)
     assert silent.adapter is not None
     assert result.adapter is not None
