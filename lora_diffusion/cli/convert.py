@@ -13,9 +13,8 @@ from lora_diffusion.errors import printable
 if TYPE_CHECKING:
     from lora_diffusion.adapter import Adapter
 
-#: spellings in which sd-scripts and ComfyUI know a family by its checkpoint's own layer names
-_ORIGINAL = {"comfy", "kohya"}
-_DIFFUSERS_NAMES_EVERYWHERE = {"Stable Diffusion 1.x", "Stable Diffusion 2.x"}
+#: families that cannot be told apart -> one that has all their layers' names
+_NAMED_LIKE = {"Stable Diffusion 1.x or 2.x": "Stable Diffusion 2.x"}
 
 
 def convert(
@@ -65,15 +64,14 @@ def convert(
 
 def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:
     """The adapter under the layer names that `to` asks for, as far as its family or `base` gives them."""
-    from lora_diffusion.families.original import dotted, original
+    from lora_diffusion.families.original import named_for
     from lora_diffusion.families.skeletons import PUBLISHED, skeleton, skeleton_of
     from lora_diffusion.formats.identity import family_of
     from lora_diffusion.formats.provenance import named_layers
 
     family = family_of(named_layers(adapter)).name
+    family = _NAMED_LIKE.get(family, family)
     if not len(adapter) or (base is None and family not in PUBLISHED):
         return adapter
     models = skeleton(family) if base is None else skeleton_of(base)
-    if to in _ORIGINAL and family not in _DIFFUSERS_NAMES_EVERYWHERE:
-        return original(adapter, models)
-    return dotted(adapter, models)
+    return named_for(adapter, to, models)

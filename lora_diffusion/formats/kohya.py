@@ -3,7 +3,7 @@
     lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight      (rank, in[, kh, kw])   = down
     lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight        (out, rank[, 1, 1])    = up
     lora_unet_down_blocks_0_attentions_0_proj_in.alpha                 ()
-    lora_te_…, or lora_te1_… and lora_te2_… where there are two text encoders, lora_te3_… for T5
+    lora_te_…, or lora_te1_… and lora_te2_… where the base has two text encoders, lora_te3_… for T5
 
 `lora_unet_` is the denoiser of any family. A layer without alpha has alpha = its rank, never its neighbour's.
 """
@@ -20,6 +20,9 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
+from lora_diffusion.formats.identity import family_of
+from lora_diffusion.formats.keys import is_flux
+from lora_diffusion.formats.provenance import named_layers
 
 _STARTS = (
     "lora_unet_",
@@ -84,15 +87,27 @@ class Kohya:
         """Tensors and metadata. AdapterFileError for what has no kohya name: tokens, other components or methods."""
         who = f"adapter {adapter.name!r}"
         check_components(adapter, _PREFIXES, "kohya")
-        only = "text_encoder_2" not in adapter.layers and "text_encoder_3" not in adapter.layers
-        prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if only else _PREFIXES
-        tensors = bundled(adapter.embeddings, who)
+        prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if _has_one_encoder(adapter) else _PREFIXES
+        tensors, slots = bundled(adapter.embeddings, who), slots_of(adapter)
         for component, name, layer in adapter:
-            path = prefixes[component] + _body(component, name)
+            path = prefixes[slots.get(component, component)] + _body(component, name)
             if f"{path}.alpha" in tensors:
                 raise AdapterFileError(f"{who}: two layers of {component} flatten to {path!r}; {name!r} is one")
             tensors |= layer_tensors(path, layer, who)
         return tensors, dict(adapter.metadata)
+
+
+def slots_of(adapter: Adapter) -> dict[str, str]:
+    """Components that kohya and ComfyUI count otherwise: FLUX's T5 is their third encoder, as in Stable Diffusion 3."""
+    is_t5 = any(name.startswith("encoder.block.") for name in adapter.layers.get("text_encoder_2", ()))
+    there = "text_encoder_3" not in adapter.layers and is_flux(list(adapter.layers.get("transformer", ())))
+    return {"text_encoder_2": "text_encoder_3"} if is_t5 and there else {}
+
+
+def _has_one_encoder(adapter: Adapter) -> bool:
+    """Whether the base has one text encoder, as far as the adapter tells: Stable Diffusion 1 and 2."""
+    others = {"text_encoder_2", "text_encoder_3", "transformer"} & adapter.layers.keys()
+    return not others and family_of(named_layers(adapter)).name != "Stable Diffusion XL"
 
 
 def _body(component: str, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from lora_diffusion.adapter import Adapter
+from lora_diffusion.errors import AdapterMismatchError
+from lora_diffusion.families.original import named_for
 from lora_diffusion.formats.files import save_adapter
 from lora_diffusion.layers import core
 from lora_diffusion.pipelines import DTYPES
@@ -49,7 +52,7 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
     if run.processes.index == 0:
         for adapter, bands in made:
             said = _metadata(run, adapter.name, mean(base), mean(bands))
-            save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
+            _save(run, adapter, said)
     adapter, trained = made[0]
     result = TrainResult(
         _path(run, adapter),
@@ -79,6 +82,13 @@ def save_best(run: Run, loss: float) -> None:
     """Keep the adapter as it is now as NAME-best.safetensors."""
     adapter = run.trained.adapter(f"{run.config.name}-best", dtype=DTYPES[run.config.adapter.save_dtype])
     said = _metadata(run, adapter.name, None, loss)
+    _save(run, adapter, said)
+
+
+def _save(run: Run, adapter: Adapter, said: dict[str, str]) -> None:
+    """Write the file, under the layer names that the tools of its format know where those can say the method."""
+    with suppress(AdapterMismatchError):
+        adapter = named_for(adapter, run.format, {a.component: a.model for a in run.trained.attachments})
     save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
 
 
