@@ -50,8 +50,9 @@ def named_for(adapter: Adapter, spelling: str, models: Mapping[str, nn.Module]) 
 
 def _has_own_names(model: nn.Module) -> bool:
     """Whether sd-scripts knows this denoiser by its checkpoint's names: SDXL (conditioned on sizes), transformers."""
-    is_unet = type(model).__name__ == "UNet2DConditionModel"
-    return getattr(model, "add_embedding", None) is not None if is_unet else bool(_places(model))
+    if type(model).__name__ == "UNet2DConditionModel":
+        return getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time"
+    return bool(_places(model))
 
 
 def original(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.loaders import single_file_utils as convert
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_diffusion import Adapter, AdapterStack, load_adapter, save_adapter
 from lora_diffusion.adapter import flat, same_layer
+from lora_diffusion.cli.convert import convert as convert_file
 from lora_diffusion.families.original import named_for
 from lora_diffusion.layers import is_convolution, is_linear
 from tests import tiny
@@ -245,4 +247,16 @@ def test_we_draw_with_what_diffusers_turned_into_kohyas_spelling_what_it_draws(t
     theirs.load_lora_weights(str(tmp_path / "a.safetensors"), adapter_name="a")
     theirs.set_adapters(["a"], [WEIGHT])
     AdapterStack(ours).add(tmp_path / "a.safetensors", WEIGHT)
+    assert_drawn_alike(latents(ours), latents(theirs), base)
+
+
+@pytest.mark.parametrize("style", ["ink", "clay"])
+def test_a_style_of_the_samples_turned_into_kohyas_spelling_draws_the_same_elsewhere(style: str, tmp_path: Path):
+    samples = Path(__file__).parents[2] / "samples"
+    ours, theirs = (StableDiffusionPipeline.from_pretrained(samples / "base") for _ in range(2))
+    base, path = latents(ours), tmp_path / "a.safetensors"
+    convert_file(samples / "adapters" / f"{style}.safetensors", path, "kohya", base=str(samples / "base"))
+    theirs.load_lora_weights(str(path), adapter_name="a")
+    theirs.set_adapters(["a"], [WEIGHT])
+    AdapterStack(ours).add(samples / "adapters" / f"{style}.safetensors", WEIGHT)
     assert_drawn_alike(latents(ours), latents(theirs), base)
