@@ -66,10 +66,9 @@ def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:
     """The adapter under the layer names that `to` asks for, as far as its family or `base` gives them."""
     from lora_diffusion.families.original import named_for
     from lora_diffusion.families.skeletons import PUBLISHED, skeleton, skeleton_of
-    from lora_diffusion.formats.identity import family_of
-    from lora_diffusion.formats.provenance import named_layers
+    from lora_diffusion.formats.provenance import family_for
 
-    family = family_of(named_layers(adapter)).name
+    family = family_for(adapter).name
     family = _NAMED_LIKE.get(family, family)
     if not len(adapter) or (base is None and family not in PUBLISHED):
         return adapter

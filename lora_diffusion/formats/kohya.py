@@ -20,9 +20,8 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
-from lora_diffusion.formats.identity import family_of
 from lora_diffusion.formats.keys import is_flux
-from lora_diffusion.formats.provenance import named_layers
+from lora_diffusion.formats.provenance import family_for
 
 _STARTS = (
     "lora_unet_",
@@ -107,7 +106,7 @@ def slots_of(adapter: Adapter) -> dict[str, str]:
 def _has_one_encoder(adapter: Adapter) -> bool:
     """Whether the base has one text encoder, as far as the adapter tells: Stable Diffusion 1 and 2."""
     others = {"text_encoder_2", "text_encoder_3", "transformer"} & adapter.layers.keys()
-    return not others and family_of(named_layers(adapter)).name != "Stable Diffusion XL"
+    return not others and family_for(adapter).name != "Stable Diffusion XL"
 
 
 def _body(component: str, name: str) -> str:

@@ -24,7 +24,7 @@ from lora_diffusion.formats import container
 from lora_diffusion.formats.diffusers import check_names, check_pairs, pair_tensors
 from lora_diffusion.formats.peft_config import config_of
 from lora_diffusion.formats.peft_vera import vera_config, vera_tensors
-from lora_diffusion.formats.provenance import carried, provenance
+from lora_diffusion.formats.provenance import hashes, metadata_for
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 
@@ -48,7 +48,7 @@ def save_peft_folder(adapter: Adapter, folder: str | Path) -> Path:
     (layers,) = adapter.layers.values()
     said, metadata = vera_config(layers, f"adapter {adapter.name!r}") if is_vera else (_lora_config(layers), {})
     tensors = vera_tensors(layers) if is_vera else _lora_tensors(layers)
-    metadata = {"format": "pt", **provenance(adapter), **carried(adapter.metadata), **metadata}
+    metadata = {"format": "pt", **metadata_for(adapter, metadata), **hashes(tensors)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     parts = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:

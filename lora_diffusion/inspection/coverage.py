@@ -23,8 +23,8 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import printable
 from lora_diffusion.fitting import fit
 from lora_diffusion.formats.assemble import rank_of
-from lora_diffusion.formats.identity import family_of, settings_of, tool_of, trigger_words
-from lora_diffusion.formats.provenance import named_layers
+from lora_diffusion.formats.identity import settings_of, tool_of, trigger_words
+from lora_diffusion.formats.provenance import family_for
 from lora_diffusion.inspection.blocks import block_of, in_order
 
 
@@ -115,7 +115,7 @@ class CoverageReport:
 
 def cover(adapter: Adapter, pipe: Any = None) -> CoverageReport:
     """What `adapter` is, and with `pipe` (a Diffusers pipeline or component -> model) where its layers go."""
-    family = family_of(named_layers(adapter))
+    family = family_for(adapter)
     found = None if pipe is None else fit(adapter, _models(pipe))
     return CoverageReport(
         name=adapter.name,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ from lora_diffusion.training.results import Listener, Progress, TrainResult
 
 if TYPE_CHECKING:
     from lora_diffusion.training.loop import Run
+
+MOST_TAGS = 200
 
 
 def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
@@ -132,8 +135,39 @@ def _metadata(run: Run, title: str, base: float | None, trained: float) -> dict[
         **({} if run.start is None else {"continues_sha256": run.start}),
         "settings": {**config, "data": {"resolution": run.config.data.resolution}},
     }
-    return {
-        "lora_diffusion": json.dumps(facts, sort_keys=True),
-        "modelspec.title": title,
-        "modelspec.trigger_phrase": run.config.data.trigger,
+    return {"lora_diffusion": json.dumps(facts, sort_keys=True), "modelspec.title": title, **_for_others(run)}
+
+
+def _for_others(run: Run) -> dict[str, str]:
+    """The run in the keys that other tools show: sd-scripts' and those of the model specification.
+
+    Without a date, so that the same run writes the same bytes.
+    """
+    data, loop = run.config.data, run.config.train
+    predicts = {"v_prediction": "v", "epsilon": "epsilon"}
+    scheduler: Any = getattr(run.opened.pipe.scheduler, "config", {})
+    said = {
+        "modelspec.resolution": f"{data.resolution}x{data.resolution}",
+        "modelspec.trigger_phrase": data.trigger,
+        "modelspec.prediction_type": predicts.get(scheduler.get("prediction_type"), ""),
+        "ss_sd_model_name": Path(run.config.base).name,
+        "ss_resolution": f"({data.resolution}, {data.resolution})",
+        "ss_num_train_images": str(len(run.data.items)),
+        "ss_batch_size_per_device": str(loop.batch),
+        "ss_gradient_accumulation_steps": str(loop.accumulate),
+        "ss_steps": str(run.step),
+        "ss_max_train_steps": str(loop.steps),
+        "ss_learning_rate": str(loop.lr),
+        "ss_optimizer": loop.optimizer,
+        "ss_lr_scheduler": loop.schedule,
+        "ss_seed": str(loop.seed),
+        "ss_tag_frequency": _tags(run),
     }
+    return {key: value for key, value in said.items() if value}
+
+
+def _tags(run: Run) -> str:
+    """{folder: {tag: pictures}} of the commonest tags, as sd-scripts counts them: what stands between commas."""
+    texts = [run.data.texts[item.captions[0]] for item in run.data.items if item.captions and run.data.texts]
+    tags = Counter(tag.strip() for text in texts for tag in text.split(",") if tag.strip())
+    return json.dumps({run.config.data.folder.name: dict(tags.most_common(MOST_TAGS))}) if tags else ""
