@@ -28,7 +28,10 @@ def dotted(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
     for component, of in adapter.layers.items():
         if component not in models:
             raise AdapterMismatchError(f"adapter {adapter.name!r}: the base has no {component}")
-        found = resolve(of, models[component])
+        try:
+            found = resolve(of, models[component])
+        except AdapterMismatchError as error:
+            raise AdapterMismatchError(f"adapter {adapter.name!r}: {error}") from None
         if found.unmatched:
             model = type(models[component]).__name__
             raise AdapterMismatchError(f"adapter {adapter.name!r}: {found.unmatched[0]!r} is no layer of the {model}")

@@ -133,6 +133,18 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+def file_digests(path: Path) -> tuple[str, str]:
+    """SHA-256 of a whole file, and of all behind its header. AdapterFileError for no sound safetensors file."""
+    with _opened(path) as file:
+        start = _read_header(file, path).data
+        file.seek(0)
+        whole, behind = hashlib.sha256(file.read(start)), hashlib.sha256()
+        while block := file.read(1 << 20):
+            whole.update(block)
+            behind.update(block)
+    return whole.hexdigest(), behind.hexdigest()
+
+
 def _fill(file: BinaryIO, target: memoryview) -> bool:
     """Read into all of `target`; one call gives at most 2 GiB. False at the end of the file."""
     done = 0

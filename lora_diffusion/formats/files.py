@@ -20,6 +20,7 @@ from lora_diffusion.formats.keys import refused
 from lora_diffusion.formats.peft_config import SIDECAR_KEY
 from lora_diffusion.formats.provenance import hashes, metadata_for
 
+PICKLES = (".pt", ".bin", ".ckpt", ".pth")  # what files of torch.save are called
 _MAX_SIDECAR = 4 << 20  # characters
 
 
@@ -78,6 +79,8 @@ def save_adapter(
     cannot say, and for a file that exists unless `overwrite`. TargetError for an unknown format.
     """
     path = Path(path)
+    if path.suffix.lower() in PICKLES:
+        raise AdapterFileError(f"{path}: safetensors are written, and no pickle; call it {path.stem}.safetensors")
     adapter.check()
     tensors, said = FORMATS[format].dump(replace(adapter, metadata=metadata_for(adapter, metadata)))
     container.write(path, tensors, {**said, **hashes(tensors)}, overwrite)

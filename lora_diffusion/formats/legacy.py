@@ -20,8 +20,6 @@ from lora_diffusion.adapter import Adapter
 from lora_diffusion.errors import AdapterFileError
 from lora_diffusion.formats.files import understand
 
-SUFFIXES = (".pt", ".bin", ".ckpt", ".pth")
-
 
 def load_legacy(path: str | Path, *, strict: bool = True) -> Adapter:
     """The adapter in a pickled file. AdapterFileError for whatever is more than tensors in plain containers."""

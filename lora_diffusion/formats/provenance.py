@@ -24,7 +24,7 @@ from lora_diffusion.formats.peft_config import METADATA_KEY, SIDECAR_KEY
 #: keys that speak of the spelling or bytes of the file they stood in
 _OF_THE_FILE = re.compile(
     rf"{METADATA_KEY}|{SIDECAR_KEY}|format|sshs_\w+|modelspec\.(hash_\w+|implementation(_version)?)|unet|text_encoder"
-    r"|.*:rank|lora_diffusion\.(version|content_hash)",
+    r"|.*:rank|lora_diffusion\.(version|content_hash|token)",
     re.DOTALL,
 )
 #: what follows from the adapter as it is now, whatever an older file said
