@@ -160,3 +160,14 @@ def test_a_report_goes_to_json_and_back_and_prints_within_eighty_columns():
     for report in (cover(adapter), cover(adapter, pipe), replace(cover(adapter), hashes={"AutoV2": "0" * 10})):
         assert CoverageReport.from_json(report.to_json()) == report
         assert max(map(len, str(report).splitlines())) <= 80
+
+
+def test_factors_of_a_matrix_that_no_layer_has_are_not_multiplied_out():
+    wide = 200_000
+    thin, flat = torch.ones(wide, 1), torch.ones(1, wide)
+    loha = {"w1_a": flat, "w1_b": flat, "w2_a": flat, "w2_b": flat} | {f"t{n}": torch.ones(1, 1, 3, 3) for n in (1, 2)}
+    lokr = {"w1_a": thin, "w1_b": flat, "w2": torch.ones(2, 2)}
+    layers = {"a": LayerAdapter("loha", loha, 1.0), "b": LayerAdapter("lokr", lokr, 1.0)}
+    layers["c"] = LayerAdapter("lora", {"down": flat, "up": thin}, 1.0)
+    (row,) = spectra(Adapter("x", {"unet": layers}))
+    assert (row.layers, row.norm) == (1, pytest.approx(wide, rel=1e-5))
