@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -91,3 +92,17 @@ class Seating:
             return False
         pairs = [pair for one in stacked if (pair := one.known(site)) is not None]
         return len(pairs) == len(stacked) and slot.exchange(pairs, writes)
+
+
+def hosts_of(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline by component name. TargetError for what is none."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TargetError(f"{type(pipe).__name__} is no Diffusers pipeline: it has no components")
+    return {name: model for name, model in components.items() if isinstance(model, nn.Module)}
+
+
+def inner(host: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returned."""
+    model = getattr(host, "_orig_mod", host)
+    return model if isinstance(model, nn.Module) else host

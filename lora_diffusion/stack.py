@@ -9,8 +9,10 @@ with AdapterStack(pipe) as stack:
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,24 +31,28 @@ from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import is_adaptable, submodule
 from lora_diffusion.lora import Slot
 from lora_diffusion.resident import Residents
-from lora_diffusion.seating import Seating
+from lora_diffusion.seating import Seating, hosts_of, inner
 from lora_diffusion.stacked import Stacked
 from lora_diffusion.targets import Targets
 from lora_diffusion.tokens import Vocabulary
 
 
 class AdapterStack:
-    """Adapters on one pipeline. Iterating gives their names in the order they were added."""
+    """Adapters on one pipeline. Iterating gives their names in the order they were added.
+
+    They act while the stack is there: as a file is closed with the last reference to it, a stack that nobody holds any
+    more is cleared, with a ResourceWarning.
+    """
 
     def __init__(self, pipe: Any) -> None:
-        hosts = {n: c for n, c in _components(pipe).items() if isinstance(c, nn.Module)}
-        self.components = {name: _inner(host) for name, host in hosts.items()}
+        hosts = hosts_of(pipe)
+        self.components = {name: inner(host) for name, host in hosts.items()}
         clock = Clock(pipe)
         self._dials = {n: Dial(n, host, clock if n in DENOISERS else None) for n, host in hosts.items()}
         self._stacked: dict[str, Stacked] = {}
         self._seating = Seating(self.components, self._dials)
         self._vocabulary = Vocabulary(pipe)
-        self.residents: Residents[Fit] = Residents(self._plan)
+        self.residents: Residents[Fit] = Residents(partial(_plan, self.components))
         self._fusion: Fusion | None = None
         self.composition = Composition()
 
@@ -217,6 +223,13 @@ class AdapterStack:
         self.clear()
         self.release()
 
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and any(dial.slots for dial in vars(self).get("_dials", {}).values()):
+            names = ", ".join(map(repr, self)) or "a reserve"
+            warnings.warn(f"an AdapterStack is gone that had {names} on it: taken off", ResourceWarning, stacklevel=1)
+            self.clear()
+            self.release()
+
     def __repr__(self) -> str:
         rows = [f"  {s.name!r} at {s.weight}: {len(s.layers)} layers" for s in self._stacked.values()]
         mode = "" if self.composition == Composition() else f", {self.composition}"
@@ -244,10 +257,6 @@ class AdapterStack:
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in others), name)
         left_out = {} if strict else adapter.unused | found.unplaced
         return Stacked(name, adapter, weight, resolved, met, left_out, fading=fading_of(adapter.metadata, name))
-
-    def _plan(self, adapter: Adapter, finite: bool) -> Fit:
-        adapter.check_content()
-        return fit(adapter, self.components, finite=finite)
 
     @cached_property
     def _layers(self) -> dict[str, list[str]]:
@@ -284,14 +293,6 @@ class AdapterStack:
             raise ConfigError("the stack is fused into the weights; call unfuse() first")
 
 
-def _components(pipe: Any) -> dict[str, Any]:
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise TargetError(f"{type(pipe).__name__} is no Diffusers pipeline: it has no components")
-    return components
-
-
-def _inner(host: nn.Module) -> nn.Module:
-    """The model inside what `torch.compile` returned."""
-    inner = getattr(host, "_orig_mod", host)
-    return inner if isinstance(inner, nn.Module) else host
+def _plan(components: Mapping[str, nn.Module], adapter: Adapter, finite: bool) -> Fit:
+    adapter.check_content()
+    return fit(adapter, components, finite=finite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -109,3 +110,25 @@ def test_a_second_stack_leaves_the_first_alone() -> None:
     first.clear()
     second.add(ADAPTERS["a"])
     assert torch.equal(pipe.unet(X), ours)
+
+
+def test_a_stack_that_nobody_holds_is_cleared() -> None:
+    pipe = Pipe()
+    before = pipe.unet(X)
+    stack = AdapterStack(pipe)
+    stack.reserve(4)
+    stack.add(ADAPTERS["a"], "0@0,1@1")
+    stack.weigh("a", 0.5)
+    stack.fuse()
+    assert not torch.equal(pipe.unet(X), before)
+    with pytest.warns(ResourceWarning, match="'a'"):
+        del stack  # at once, as nothing on the pipeline refers to it
+    assert torch.equal(pipe.unet(X), before)
+    assert str(pipe.unet) == str(Small())
+    again = AdapterStack(pipe)
+    again.add(ADAPTERS["a"])
+    again.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del again
+    del pipe
