@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -52,6 +53,7 @@ class Dial:
         self._active: list[float] = [math.inf]  # how many rows of each entry do
         self._place = torch.zeros(0, dtype=torch.long)  # of each row among those of its entry
         self._gains = torch.zeros(0)
+        self._shared: list[tuple[Mapping[str, Tensor | None], Tensor]] = []  # slots' buffers, their part of the gains
         self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         self._hooks: tuple[RemovableHandle, ...] = ()
         self._listening = (False, False)
@@ -108,25 +110,26 @@ class Dial:
         """The same slots and ranks, other adapters: names, scales and levels anew. False where more has changed."""
         if not self._still:
             return False
-        self._order, self._by_name = list(weights), {}
-        there = (entry for slot in self.slots.values() for entry in slot.entries)
+        self._order, self._by_name = list(weights), {name: [] for name in weights}
+        there = chain.from_iterable(slot.entries for slot in self.slots.values())
         for number, (entry, (name, _, scale)) in enumerate(zip(self.entries, there, strict=True)):
             entry.name, entry.scale = name, scale
-            self._by_name.setdefault(name, []).append(number)
+            self._by_name[name].append(number)
         self._scales = torch.tensor([*(entry.scale for entry in self.entries), 0.0])[self._owner]
         self.turn(weights)
         return True
 
     def turn(self, weights: Mapping[str, Resolved]) -> None:
         """Set the levels of these adapters; the others keep theirs."""
-        plain = all(isinstance(one.everywhere, float) and not one.sites for one in weights.values())
+        plain = {n: one.everywhere for n, one in weights.items() if isinstance(one.everywhere, float) and not one.sites}
         for name, resolved in weights.items():
             for number in self._by_name.get(name, ()):
                 entry = self.entries[number]
-                entry.level = resolved.at(self.component, entry.layer)
-                if plain and self._still:
-                    self._numbers[number] = number_at(entry.level, 0.0)
-        if plain and self._still:
+                entry.level = resolved.at(self.component, entry.layer) if resolved.sites else resolved.everywhere
+        if len(plain) == len(weights) and self._still:
+            for name, level in plain.items():
+                for number in self._by_name.get(name, ()):
+                    self._numbers[number] = level
             self.write()
             return
         composed = self.composition.mode != "sum"
@@ -157,12 +160,14 @@ class Dial:
         with torch.inference_mode(mode=False):  # it is written to outside of one as well
             self._gains = torch.zeros(len(self._owner), device=device)
             gates = self._gains.split([slot.rows for slot in self.slots.values()])
-        for (layer, slot), gate in zip(self.slots.items(), gates, strict=True):
-            slot.share(gate, self._numbers, self._by_layer[layer].start)
+        self._shared = [
+            (slot.share(gate, self._numbers, self._by_layer[layer].start), gate)
+            for (layer, slot), gate in zip(self.slots.items(), gates, strict=True)
+        ]
 
     def write(self) -> None:
         """All gates at once, in place: no graph sees a new tensor."""
-        if not all(slot.shares(self._gains) for slot in self.slots.values()):
+        if not all(buffers["gate"] is gate for buffers, gate in self._shared):
             self._share()  # the model was moved or cast in between
         gains = torch.tensor(self._numbers)[self._owner] * self._scales
         if self._fading:

@@ -24,7 +24,6 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
-from lora_diffusion.packing import Block, repacked, unrecorded
+from lora_diffusion.packing import Block, Memory, memory, repacked, unrecorded
 from lora_diffusion.pairs import Pair
 from lora_diffusion.products import LowRank, add_convolution, add_linear, over_pixels
 
@@ -59,7 +58,7 @@ class Slot(nn.Module):
     hooks: tuple[RemovableHandle, ...] = ()
     live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
     packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
-    views: Sequence[tuple[Tensor, ...]] = ()  # the rows of each of them, once they were exchanged
+    views: Sequence[tuple[Memory, Memory]] = ()  # the rows of each of them, once they were exchanged
     asleep = False  # fused into the weight: the layer is left alone, whatever the weights
     numbers: Sequence[float] = ()  # weights by entry; a dial's slots share one list, theirs from `first` on
     first = 0
@@ -121,27 +120,19 @@ class Slot(nn.Module):
         self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
         self.rows = rows + len(branches)
 
-    def exchange(self, pairs: Sequence[Pair], writes: list[tuple[Tensor, Tensor]]) -> bool:
-        """Hold these pairs where others of the same ranks are; False where it has to be packed instead.
-
-        Shapes, places and memory stay: (rows, what to write there) is added to `writes`, so that all layers of a model
-        are written by one copy. The gate is to be set anew.
-        """
-        if [pair.rank for pair in pairs] != [rank for _, rank in self.packed] or len(self.entries) != len(pairs):
-            return False
+    def split(self) -> Sequence[tuple[Memory, Memory]]:
+        """The rows of each packed adapter in `down` and in `up`, to be written over."""
         if not self.views:
-            ends = [*accumulate(rank for _, rank in self.packed)]
+            ranks = [rank for _, rank in self.packed]
             with torch.inference_mode(mode=False):  # they are written to outside of one as well
-                held = (self.down.data, self.up.data)
-                self.views = [
-                    tuple(rows[end - pair.rank : end] for rows in held) for pair, end in zip(pairs, ends, strict=True)
-                ]
-        for pair, (token, _), (down, up) in zip(pairs, self.packed, self.views, strict=True):
-            if pair.token is not token:
-                writes += ((down, pair.rows("down", down.dtype).view_as(down)), (up, pair.rows("up", up.dtype)))
-        self.packed = tuple([pair.block for pair in pairs])
-        self.entries = self.pairs = tuple([pair.entry for pair in pairs])
-        return True
+                parts = [map(memory, rows.data[: sum(ranks)].split(ranks)) for rows in (self.down, self.up)]
+            self.views = tuple(zip(*parts, strict=True))
+        return self.views
+
+    def exchanged(self, packed: tuple[Block, ...], pairs: tuple[tuple[str, int, float], ...]) -> None:
+        """Note that others of the same ranks were written over the packed ones."""
+        held = vars(self)  # past `__setattr__`: there are many slots
+        held["packed"], held["entries"], held["pairs"] = packed, pairs, pairs
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -153,14 +144,13 @@ class Slot(nn.Module):
         """Whether the layer is left alone, bit for bit."""
         return self.asleep or not any(self.weights)
 
-    def share(self, gate: Tensor, numbers: Sequence[float], first: int) -> None:
-        """Take a gate that lies in a larger buffer, and weights in a longer list, as a dial has them for all slots."""
-        self._buffers["gate"], self.numbers, self.first = gate, numbers, first
+    def share(self, gate: Tensor, numbers: Sequence[float], first: int) -> Mapping[str, Tensor | None]:
+        """Take a gate that lies in a larger buffer, and weights in a longer list, as a dial has them for all slots.
 
-    def shares(self, gates: Tensor) -> bool:
-        """Whether the gate lies in this buffer; not after the model was moved or cast."""
-        gate = self._buffers["gate"]
-        return gate is not None and gate._base is gates
+        Returns the buffers, whose "gate" is another tensor once the model was moved or cast.
+        """
+        self._buffers["gate"], self.numbers, self.first = gate, numbers, first
+        return self._buffers
 
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Set the gate from one number an adapter (1 where none is given)."""

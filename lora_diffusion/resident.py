@@ -19,12 +19,12 @@ from lora_diffusion.pairs import Pair
 Plan = TypeVar("Plan")
 
 
-@dataclass
+@dataclass(eq=False)
 class Met(Generic[Plan]):
     """An adapter and what was planned for it."""
 
     adapter: Adapter  # held, so that its identity stays its own
-    stamp: tuple[int, ...]
+    stamp: tuple[object, ...]
     plan: Plan
     pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)  # component, layer -> as slots take them
 
@@ -68,9 +68,14 @@ class Residents(Generic[Plan]):
         return met
 
 
-def _stamp(adapter: Adapter) -> tuple[int, ...]:
+def _stamp(adapter: Adapter) -> tuple[object, ...]:
     """Changes when a layer is exchanged or a tensor is written to in place; those of inference mode do not say that."""
-    tensors = [tensor for *_, layer in adapter for tensor in layer.tensors.values()]
+    layers = [layer for *_, layer in adapter]
+    tensors = [tensor for layer in layers for tensor in layer.tensors.values()]
     tensors += [vectors for by_component in adapter.embeddings.values() for vectors in by_component.values()]
-    alphas = [hash((component, name, layer.alpha)) for component, name, layer in adapter]
-    return (*map(id, tensors), *(0 if tensor.is_inference() else tensor._version for tensor in tensors), *alphas)
+    try:
+        versions = [tensor._version for tensor in tensors]
+    except RuntimeError:
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    names = [name for of in (adapter.layers, *adapter.layers.values()) for name in of]
+    return (*map(id, tensors), *versions, *names, *[layer.alpha for layer in layers])

@@ -29,6 +29,7 @@ LEVELS = (
     ("attachment", "beginning", "pipelines", "clock", "tokens", "fusing", "library", "resident", "composing"),
     ("dial", "fitting"),
     ("stacked",),
+    ("banks",),
     ("seating",),
     ("stack", "training"),
     ("generating", "inspection", "merging"),
