@@ -55,7 +55,7 @@ class Dial:
         self._gains = torch.zeros(0)
         self._shared: list[tuple[Mapping[str, Tensor | None], Tensor]] = []  # slots' buffers, their part of the gains
         self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        self._hooks: tuple[RemovableHandle, ...] = ()
+        self.hooks: tuple[RemovableHandle, ...] = ()
         self._listening = (False, False)
         self._still = True  # every level is a number and they add up: nothing changes from call to call
         self.composition = Composition()
@@ -184,7 +184,7 @@ class Dial:
         """Hook the denoiser where something changes with its calls, and their outcome where it is a mean."""
         if (before, after) == self._listening:
             return
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
         hooks: list[RemovableHandle] = []
         if before:
@@ -193,7 +193,7 @@ class Dial:
         if after:
             heard: Any = torch.compiler.disable(self.after)
             hooks.append(self.host.register_forward_hook(heard))
-        self._hooks, self._listening, self.call = tuple(hooks), (before, after), Call()
+        self.hooks, self._listening, self.call = tuple(hooks), (before, after), Call()
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook of the denoiser: what changes with the step gets its number for this call."""

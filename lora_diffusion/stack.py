@@ -23,12 +23,13 @@ from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
 from lora_diffusion.clock import Clock
 from lora_diffusion.composing import Composition
 from lora_diffusion.dial import Dial
-from lora_diffusion.errors import ConfigError, TargetError, did_you_mean
+from lora_diffusion.errors import ConfigError, TargetError, did_you_mean, some
 from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import is_adaptable, submodule
+from lora_diffusion.leaving import leave, take_off_left
 from lora_diffusion.lora import Slot
 from lora_diffusion.resident import Residents
 from lora_diffusion.seating import Seating, hosts_of, inner
@@ -40,8 +41,7 @@ from lora_diffusion.tokens import Vocabulary
 class AdapterStack:
     """Adapters on one pipeline. Iterating gives their names in the order they were added.
 
-    They act while the stack is there: as a file is closed with the last reference to it, a stack that nobody holds any
-    more is cleared, with a ResourceWarning.
+    They act on where nobody holds the stack any more, until the pipeline's next one takes them off and says so.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -55,6 +55,7 @@ class AdapterStack:
         self.residents: Residents[Fit] = Residents(partial(_plan, self.components))
         self._fusion: Fusion | None = None
         self.composition = Composition()
+        self._begin()
 
     def reserve(self, rank: int, targets: Targets = "all-linear", *, component: str = "denoiser") -> None:
         """Put empty slots of at least `rank` rows on the target layers, once, before `torch.compile`.
@@ -62,7 +63,7 @@ class AdapterStack:
         Weights then change, and adapters come and go within the reserve, without a recompilation. `clear` keeps
         the reserve; `release` gives it up. TargetError for an unknown component or target, norms and attentions.
         """
-        self._refuse_if_fused()
+        self._begin()
         given: Any = rank
         if not isinstance(given, int) or rank < 1:
             raise ConfigError(f"reserve: rank is {rank!r}; expected a number of rows, at least 1")
@@ -73,7 +74,7 @@ class AdapterStack:
 
     def release(self) -> None:
         """Give the reserve up; layers without an adapter are as they were."""
-        self._refuse_if_fused()
+        self._begin()
         sites, self._seating.reserved = self._seating.reserved, {}
         self._seat(sites)
 
@@ -114,13 +115,14 @@ class AdapterStack:
 
     def remove(self, name: str) -> None:
         """Take one adapter off; layers it alone sat on are as they were."""
-        self._refuse_if_fused()
+        self._begin()
         gone = self._stacked[self._known(name)]
         self._become([one for one in self._stacked.values() if one is not gone], gone.layers, gone.adapter.embeddings)
 
     def clear(self) -> None:
         """Take everything off; the pipeline is bit-identical to what it was."""
         self.unfuse()
+        self._begin()
         self._empty()
         self._vocabulary.set([])
 
@@ -130,7 +132,7 @@ class AdapterStack:
 
     def weigh_all(self, weights: Mapping[str, Weight]) -> None:
         """Turn several adapters at once (name -> weight), or none of them."""
-        self._refuse_if_fused()
+        self._begin()
         resolved = {name: self._resolve(w, self._known(name)) for name, w in weights.items()}
         for name, weight in weights.items():
             self._stacked[name].weight, self._stacked[name].resolved = weight, resolved[name]
@@ -143,7 +145,7 @@ class AdapterStack:
         `balance` brings all adapters of a layer to one Frobenius norm first; weights then act on equal terms. Costs
         and formulas are in `composing.py`. It holds for adapters that come later too. ConfigError for another mode.
         """
-        self._refuse_if_fused()
+        self._begin()
         self.composition = Composition(mode, every, balance)
         for component, dial in self._dials.items():
             self._seating.bind(component, dial.slots, list(self._stacked.values()), self.composition)
@@ -153,7 +155,7 @@ class AdapterStack:
 
         ConfigError for weights by step, image or place, and for 4- and 8-bit layers, which would lose most of it.
         """
-        self._refuse_if_fused()
+        self._begin()
         if self.composition.mode != "sum":
             raise ConfigError(f"fuse: the stack composes by {self.composition.mode}, step by step; fusing is a sum")
         if any(not isinstance(e.level, float) or e.fading for dial in self._dials.values() for e in dial.entries):
@@ -188,8 +190,8 @@ class AdapterStack:
 
     def shares(self, component: str, layer: str) -> dict[str, LayerAdapter]:
         """adapter -> its share of one layer."""
-        found = ((name, stacked.layers.get((component, layer))) for name, stacked in self._stacked.items())
-        return {name: share for name, share in found if share is not None}
+        there = ((name, stacked.layers.get((component, layer))) for name, stacked in self._stacked.items())
+        return {name: share for name, share in there if share is not None}
 
     def content_hash(self, name: str) -> str:
         """The content hash of an adapter on the stack, taken when it is first needed."""
@@ -224,11 +226,8 @@ class AdapterStack:
         self.release()
 
     def __del__(self) -> None:
-        if not sys.is_finalizing() and any(dial.slots for dial in vars(self).get("_dials", {}).values()):
-            names = ", ".join(map(repr, self)) or "a reserve"
-            warnings.warn(f"an AdapterStack is gone that had {names} on it: taken off", ResourceWarning, stacklevel=1)
-            self.clear()
-            self.release()
+        if not sys.is_finalizing() and "composition" in vars(self):
+            leave(self.components, self._dials, list(self), self._vocabulary.kept, self._fusion)
 
     def __repr__(self) -> str:
         rows = [f"  {s.name!r} at {s.weight}: {len(s.layers)} layers" for s in self._stacked.values()]
@@ -245,12 +244,12 @@ class AdapterStack:
         self, adapter: Adapter | str | Path, weight: Weight, name: str | None, strict: bool, others: list[Stacked]
     ) -> Stacked:
         """An adapter that can come beside the others; nothing is changed."""
-        self._refuse_if_fused()
+        self._begin()
         adapter = self.residents.read(adapter, strict=strict)
         name = adapter.name if name is None else name
         if any(stacked.name == name for stacked in others):
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
-        resolved, met = self._resolve(weight, name), self.residents.meet(adapter)
+        met, resolved = self.residents.meet(adapter), self._resolve(weight, name)
         found = met.plan
         found.check(adapter, self.components) if strict else found.check_any(adapter)
         self._seating.check(found.layers)
@@ -272,7 +271,7 @@ class AdapterStack:
             self._vocabulary.set(stacked.adapter.embeddings for stacked in self._stacked.values())
 
     def _resolve(self, weight: Weight, name: str) -> Resolved:
-        by_name = isinstance(weight, Mapping | list | tuple)  # only then do the layers' names matter
+        by_name = not isinstance(weight, float | int | str)  # only then do the layers' names matter
         return resolve_weight(weight, self._layers if by_name else {}, name)
 
     def _empty(self) -> None:
@@ -288,9 +287,12 @@ class AdapterStack:
             self._seat(sites, tokens)
             raise
 
-    def _refuse_if_fused(self) -> None:
+    def _begin(self) -> None:
+        """Before any change: ConfigError while fused; what a stack that is gone left is taken off."""
         if self._fusion is not None:
             raise ConfigError("the stack is fused into the weights; call unfuse() first")
+        if left := take_off_left(self.components, self._vocabulary):
+            warnings.warn(f"{some(left)} of an AdapterStack that is gone taken off; hold it to keep them", stacklevel=3)
 
 
 def _plan(components: Mapping[str, nn.Module], adapter: Adapter, finite: bool) -> Fit:

@@ -227,6 +227,15 @@ def test_full_masks_are_none_empty_masks_the_base_and_disjoint_ones_commute(buil
         assert np.abs(both - other).max() > 1e-3
 
 
+def test_a_region_may_say_what_it_is_by_part(sd: Any) -> None:
+    one = adapter(sd, "a", 1)
+    by_part = drawn(sd, [Region(HALF, {"unet": 0.8, "down.0": "0@0,1@1"})], one)
+    assert np.array_equal(by_part, drawn(sd, [{"unet": Region(HALF, 0.8), "down.0": Region(HALF, "0@0,1@1")}], one))
+    assert not np.array_equal(by_part, drawn(sd, [{"unet": 0.8, "down.0": "0@0,1@1"}], one))
+    with pytest.raises(TargetError, match="did you mean"):
+        drawn(sd, [Region(HALF, {"unett": 0.8})], one)
+
+
 def test_a_mask_acts_inside_it_alone(sd: Any) -> None:
     layers = adapter(sd, components=("unet",)).layers["unet"]
     name = next(n for n in layers if n.endswith("attn1.to_out.0"))
