@@ -114,6 +114,8 @@ def _shares(name: str, layer: LayerAdapter, live: _Live) -> list[tuple[str, Laye
     place = live.find(name)
     if place is None:
         return []
+    if len(place.layers) == 1 and "blocks.1" in layer.tensors:
+        raise AdapterMismatchError(f"{name!r} has OFT blocks in parts, and {place.layers[0]!r} of the model has none")
     if len(place.layers) == 1 and not place.swapped:
         return [(place.layers[0], of_norm(layer, live.modules[place.layers[0]]))]
     modules = [live.modules[target] for target in place.layers]

@@ -4,6 +4,8 @@ Where the checkpoint fuses q, k and v, so does the adapter, exactly: parts that 
 others become block-diagonal,
 
     down = [D_q; D_k; D_v]      up = diag(U_q, U_k, U_v)      alpha = scale · (r_q + r_k + r_v)
+
+OFT of all parts becomes the list that sd-scripts has.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ def _fused(
         return swap_halves(there[0], out_width(live[place.layers[0]]), target)
     if len(parts) == 1:
         return there[0]
+    if len(there) == len(parts) and all(_is_plain_oft(there[0], part) for part in there):
+        return replace(there[0], tensors={f"blocks.{i}": part.tensors["blocks"] for i, part in enumerate(there)})
     odd = [part.method for part in there if part.method != "lora" or set(part.tensors) != {"down", "up"}]
     if odd:
         raise AdapterMismatchError(f"layer {target!r}: the checkpoint fuses {len(parts)} layers, not {odd[0]}")
@@ -76,6 +80,13 @@ def _fused(
     if len(there) == len(parts) and all(_same_down(there[0], part) for part in there):
         return replace(there[0], tensors={"down": down, "up": torch.cat([part.tensors["up"] for part in there])})
     return _block_diagonal(parts, [out_width(live[name]) for name in place.layers])
+
+
+def _is_plain_oft(first: LayerAdapter, other: LayerAdapter) -> bool:
+    """Whether sd-scripts could list it beside the first: one bound for all, as many blocks in every part."""
+    shapes = [layer.tensors["blocks"].shape for layer in (first, other) if set(layer.tensors) == {"blocks"}]
+    alike = len(shapes) == 2 and all(len(shape) == 3 for shape in shapes) and shapes[0][0] == shapes[1][0]
+    return alike and (first.method, first.alpha) == ("oft", other.alpha)
 
 
 def _same_down(first: LayerAdapter, other: LayerAdapter) -> bool:

@@ -37,6 +37,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "on_input": ("ia3", "on_input"),
     "weight": ("ia3", "weight"),
     "oft_blocks": ("oft", "blocks"),
+    **{
+        f"oft_blocks.{part}": ("oft", f"blocks.{part}") for part in range(4)
+    },  # sd-scripts' parts of FLUX's fused layers
     "oft_diag": ("oft", "diag"),
     "oft_R.weight": ("oft", "R"),
     "rescale": ("oft", "rescale"),
