@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError
+from lora_diffusion.families.homes import homes
 from lora_diffusion.families.names import Place, places
 from lora_diffusion.families.naming import resolve
 from lora_diffusion.families.splitting import swap_halves
@@ -27,14 +28,14 @@ from lora_diffusion.layers import out_width
 def dotted(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
     """The adapter under the names that Diffusers has. AdapterMismatchError where a layer finds no place."""
     layers: dict[str, dict[str, LayerAdapter]] = {}
-    for component, of in adapter.layers.items():
-        if component not in models:
+    for component, home in homes(adapter.layers, models).items():
+        if home not in models:
             raise AdapterMismatchError(f"adapter {adapter.name!r}: the base has no {component}")
-        found = resolve(of, models[component])
+        found = resolve(adapter.layers[component], models[home])
         if found.unmatched:
-            model = type(models[component]).__name__
+            model = type(models[home]).__name__
             raise AdapterMismatchError(f"adapter {adapter.name!r}: {found.unmatched[0]!r} is no layer of the {model}")
-        layers[component] = found.layers
+        layers[home] = found.layers
     return replace(adapter, layers=layers)
 
 

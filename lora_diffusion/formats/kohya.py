@@ -23,6 +23,7 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
+from lora_diffusion.formats.keys import numbered_as
 
 _STARTS = (
     "lora_unet_",
@@ -30,6 +31,7 @@ _STARTS = (
     "lora_te1_",
     "lora_te2_",
     "lora_te3_",
+    "lora_te4_",
     "lora_prior_",
     "lora_transformer_",
     "oft_unet_",
@@ -40,6 +42,7 @@ _PREFIXES = {
     "text_encoder": "lora_te1_",
     "text_encoder_2": "lora_te2_",
     "text_encoder_3": "lora_te3_",
+    "text_encoder_4": "lora_te4_",
 }
 _PAIR = {"down": "lora_down.weight", "up": "lora_up.weight"}
 _MAGNITUDE = {"magnitude": "dora_scale"}
@@ -95,6 +98,7 @@ class Kohya:
         check_components(adapter, _PREFIXES, "kohya")
         only = "text_encoder_2" not in adapter.layers and "text_encoder_3" not in adapter.layers
         prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if only else _PREFIXES
+        prefixes = {component: prefixes[numbered_as(component, adapter.layers)] for component in adapter.layers}
         tensors = bundled(adapter.embeddings, who)
         in_lists = any("blocks.0" in layer.tensors for *_, layer in adapter)
         for component, name, layer in adapter:
