@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lora_diffusion.quantize import Precision
@@ -70,6 +71,18 @@ class DataConfig(Section):
     """Orders that are encoded and cached of each caption."""
     flip: bool = False
     """Mirror half of the pictures."""
+    background: str = "white"
+    """What shows through where a picture is transparent: a name, or "#rrggbb"."""
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_colour(cls, value: str) -> str:
+        try:
+            ImageColor.getcolor(value, "RGB")
+        except ValueError:
+            raise ValueError(f'data.background is {value!r}; expected a colour such as "white" or "#808080"') from None
+        return value
+
     skip_bad: bool = False
     """Go on without pictures that cannot be read, instead of listing them and stopping."""
 
