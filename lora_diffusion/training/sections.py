@@ -151,10 +151,12 @@ class LossConfig(Section):
     """Error from which huber and smooth_l1 are linear; latents have about unit variance."""
     snr_gamma: float | None = Field(None, gt=0)
     """min-SNR weighting (arXiv 2303.09556), such as 5, for epsilon and v; None: every timestep counts the same."""
+    noise_offset: float = Field(0.0, ge=0, le=1)
+    """For epsilon and v, such as 0.05: so much noise that is one number a channel, for very dark or bright pictures."""
 
 
 class TimesConfig(Section):
-    """Which noise levels are trained at. All but `emphasis` is for flows (SD3, FLUX, …)."""
+    """Which noise levels are trained at. All but `emphasis` and `zero_snr` is for flows (SD3, FLUX, …)."""
 
     sampling: Literal["uniform", "logit-normal"] | None = None
     """None: logit-normal for flows (arXiv 2403.03206), uniform for timesteps."""
@@ -168,6 +170,8 @@ class TimesConfig(Section):
     """Above 1 moves times to the noisy end; None: the base's own shift."""
     dynamic: bool = False
     """The shift that the base's scheduler has for the size of each picture (FLUX, Qwen-Image, Lumina 2, …)."""
+    zero_snr: bool = False
+    """For v: the last timestep is noise alone (arXiv 2305.08891), as it is where drawing begins."""
 
 
 class PriorConfig(Section):
