@@ -20,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from lora_diffusion.clock import Clock
 from lora_diffusion.composing import Composition, alone, averaged, repeated
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.gates import Call, Level, Resolved, entry_gate, is_live, number_at
+from lora_diffusion.gates import Call, Level, Resolved, entry_gate, has_places, is_live, is_steady, number_at
 from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Slot
+from lora_diffusion.packing import unrecorded
 
 
 @dataclass(slots=True)
@@ -142,6 +143,7 @@ class Dial:
         self._scheduled = [i for i, entry in enumerate(self.entries) if callable(entry.level)]
         for layer, slot in self.slots.items():
             slot.live = self._builder(layer) if self._is_live(layer) else None
+            slot.by_image = not any(has_places(self.entries[i].level) for i in self._by_layer[layer])
         self.write()
         changing = len(self._taking_part) > 1 or any(not isinstance(e.level, float) or e.fading for e in self.entries)
         repeating = self.composition.times(self._taking_part) > 1
@@ -224,8 +226,19 @@ class Dial:
     def _builder(self, layer: str) -> Callable[[int, Sequence[int]], Tensor]:
         numbers, slot = self._by_layer[layer], self.slots[layer]
         entries = [self.entries[i] for i in numbers]
+        steady = self.composition.mode == "sum" and all(is_steady(e.level) and not e.fading for e in entries)
+        known: dict[int, Tensor] = {}  # by the size of the batch, where nothing else changes it
 
         def build(batch: int, shape: Sequence[int]) -> Tensor:
+            if batch in known:
+                return known[batch]
+            with unrecorded():
+                gate = build_anew(batch, shape)
+            if steady:
+                known[batch] = gate
+            return gate
+
+        def build_anew(batch: int, shape: Sequence[int]) -> Tensor:
             gates = [self._gate(entry, batch, shape) for entry in entries]
             size = torch.broadcast_shapes(*(gate.shape for gate in gates))
             columns = [gate.expand(*size[:2], entry.rank) for gate, entry in zip(gates, entries, strict=True)]

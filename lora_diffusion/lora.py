@@ -35,12 +35,12 @@ from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
 from lora_diffusion.packing import Block, Memory, memory, repacked, unrecorded
 from lora_diffusion.pairs import Pair
-from lora_diffusion.products import LowRank, add_convolution, add_linear, over_pixels
+from lora_diffusion.products import LowRank, add_convolution, add_linear, merged_by_image, over_pixels
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
 _PLAIN = frozenset(
-    "asleep convolution entries first hooks kept live numbers packed pairs reserve rows views".split()  # noqa: SIM905
+    "asleep by_image convolution entries first hooks kept live numbers packed pairs reserve rows views".split()  # noqa: SIM905
 )
 
 
@@ -57,6 +57,7 @@ class Slot(nn.Module):
     dropping: Dropping | None = None  # random gates, while training
     hooks: tuple[RemovableHandle, ...] = ()
     live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
+    by_image = False  # the live gate has no places: it is (1 or batch, 1, R)
     packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
     views: Sequence[tuple[Memory, Memory]] = ()  # the rows of each of them, once they were exchanged
     asleep = False  # fused into the weight: the layer is left alone, whatever the weights
@@ -181,9 +182,11 @@ class Slot(nn.Module):
         """Pre-hook: where merging pays, let the merged weight stand in for the frozen one during this call."""
         if torch.compiler.is_compiling():
             return  # and no guard on what changes with the weights
-        if not self.idle and self.live is None and self._merging_pays(layer, _input(args, kwargs)):
-            self.kept.append(frozen_weight(layer))
-            layer._parameters["weight"] = self.merged(self.kept[-1])  # type: ignore[assignment]
+        if not self.idle and self._merging_pays(layer, x := _input(args, kwargs)):
+            gate = None if self.live is None else self.live(len(x), x.shape[1:-1]).expand(len(x), -1, -1)
+            self.kept.append(weight := frozen_weight(layer))
+            merged = self.merged(weight) if gate is None else merged_by_image(weight, self.down, self.up, gate)
+            layer._parameters["weight"] = merged  # type: ignore[assignment]
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Hook, called even when the layer raised: put the frozen weight back, or add the branch."""
@@ -255,6 +258,8 @@ class Slot(nn.Module):
             return False  # float16 matrix products are slow there
         out, width = weight.shape[0], weight[0].numel()
         how = self.convolution
+        if self.live is not None:  # by image, of linear layers alone; by place no weight can be merged
+            return self.by_image and how is None and x.dim() == 3 and x.shape[1] * (width + out) > width * out
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
         return tokens * (width + out) > width * out
 
