@@ -20,7 +20,8 @@ from lora_diffusion.adapter import Adapter, same_layer
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
-from lora_diffusion.formats.kohya import layer_tensors, slots_of
+from lora_diffusion.formats.keys import numbered_as
+from lora_diffusion.formats.kohya import layer_tensors
 
 _STARTS = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
 _PREFIXES = {
@@ -29,6 +30,7 @@ _PREFIXES = {
     "text_encoder": "text_encoders.clip_l.transformer.",
     "text_encoder_2": "text_encoders.clip_g.transformer.",
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    "text_encoder_4": "text_encoders.llama.transformer.",
 }
 
 
@@ -50,11 +52,12 @@ class Comfy:
         """Tensors and metadata. AdapterFileError for components or methods without a name here."""
         who = f"adapter {adapter.name!r}"
         check_components(adapter, _PREFIXES, "ComfyUI")
-        tensors, slots = bundled(adapter.embeddings, who), slots_of(adapter)
+        tensors = bundled(adapter.embeddings, who)
+        prefixes = {component: _PREFIXES[numbered_as(component, adapter.layers)] for component in adapter.layers}
         for component, name, layer in adapter:
             clip = component in ("text_encoder", "text_encoder_2") and same_layer(name).startswith("encoder_layers_")
             level = "text_model." if clip and not name.startswith("text_model") else ""
-            tensors |= layer_tensors(f"{_PREFIXES[slots.get(component, component)]}{level}{name}", layer, who)
+            tensors |= layer_tensors(f"{prefixes[component]}{level}{name}", layer, who)
         return tensors, dict(adapter.metadata)
 
 
