@@ -219,6 +219,7 @@ TABLES = {
     "AuraFlowTransformer2DModel": (AURAFLOW,),
     "LTXVideoTransformer3DModel": (videos.LTX,),
     "LTX2VideoTransformer3DModel": (videos.LTX2,),
+    "LTX2TextConnectors": ({"aggregate_embed": "text_proj_in"},),
     "MochiTransformer3DModel": (videos.MOCHI, *videos.MOCHI_CONTEXT),
     "CosmosTransformer3DModel": (videos.COSMOS,),
 }
