@@ -103,7 +103,10 @@ def _transformer(layers: list[tuple[str, int]]) -> Family:
     if name is None:
         return UNKNOWN
     if name == "FLUX.1":
-        return _flux_like(names, widths)
+        found = _flux_like(names, widths)
+        entrance = max((width for name, width in layers if name in ("img_in", "x_embedder")), default=0)
+        wide = f"{found.why}; it reads {entrance} channels and not 64: a Control LoRA, for FluxControlPipeline"
+        return Family(found.name, found.architecture, wide) if found.name == "FLUX.1" and entrance == 128 else found
     if name == "Lumina 2 or Z-Image":
         name = "Z-Image" if 3840 in widths else "Lumina 2" if 2304 in widths else name
     return _family(name, "its layers are named like that")
