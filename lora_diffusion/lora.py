@@ -23,6 +23,7 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -265,7 +266,7 @@ class Slot(nn.Module):
             return False  # float16 matrix products are slow there
         out, width = weight.shape[0], weight[0].numel()
         how = self.convolution
-        tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
+        tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // math.prod(how["stride"])
         return tokens * (width + out) > width * out
 
 
