@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lora_diffusion.adapter import DENOISERS
 from lora_diffusion.errors import ConfigError
@@ -20,9 +21,9 @@ from lora_diffusion.quantize import (
     Precision,
     QuantizationReport,
     WeightFiles,
-    check_weights,
     empty_encoder,
     empty_model,
+    encoder_weights,
     quantize,
 )
 
@@ -68,27 +69,27 @@ def load_pipeline(
     """Open `base` (Diffusers folder or hub id) frozen, its denoiser in `precision`, everything else in `compute`.
 
     Precision is "fp32", "bf16", "fp16", "int8" or "nf4". A denoiser to be quantised is read layer by layer from the
-    folder, so that memory never holds more of it than the quantised model and one layer (one from the hub's cache is
-    loaded whole first). Its family says which layers stay in 16 bits besides the usual. `text_encoders` that are to be
-    quantised are read in the same way. ConfigError where the base cannot be opened, the
-    device is absent or bitsandbytes is missing.
+    folder, so that memory never holds more of it than the quantised model and one layer. Its family says which layers
+    stay in 16 bits besides the usual. `text_encoders` that are to be quantised are read in the same way. ConfigError
+    where the base cannot be opened, the device is absent or bitsandbytes is missing.
     """
     place = pick_device(device)
+    base = folder_of(base)
     dtype = DTYPES[precision] if precision in DTYPES and compute == "auto" else pick_dtype(compute, place)
     empty = {} if precision in DTYPES else _empty_denoiser(base)
     encoders = {} if text_encoders is None or text_encoders in DTYPES else _empty_encoders(base)
-    pipe = _open(base, dtype, **empty, **encoders)
+    pipe = _open(base, dtype, **empty, **{name: model for name, (model, _) in encoders.items()})
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     report = None
     if precision not in DTYPES:
-        weights = WeightFiles(Path(base).expanduser() / next(iter(empty))) if empty else None
+        weights = WeightFiles(base / next(iter(empty))) if empty else None
         report = quantize(
             denoiser_of(pipe), precision, compute_dtype=dtype, device=place, keep=_kept(pipe), weights=weights
         )
     if text_encoders is not None:
-        read = {name: WeightFiles(Path(base).expanduser() / name) for name in encoders}
+        read = {name: weights for name, (_, weights) in encoders.items()}
         quantize_encoders(pipe, text_encoders, dtype, place, read)
     pipe.to(place)
     pipe.set_progress_bar_config(disable=True)
@@ -100,7 +101,7 @@ def quantize_encoders(
     precision: Precision,
     dtype: torch.dtype,
     device: torch.device | str,
-    weights: Mapping[str, WeightFiles] | None = None,
+    weights: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Quantise and freeze the text encoders of a pipeline, moving each layer to `device` on the way.
 
@@ -142,11 +143,29 @@ def draw_one(pipe: Any, prompt: str, seed: int, *, steps: int, guidance: float, 
     return picture
 
 
-def _empty_denoiser(base: str | Path) -> dict[str, torch.nn.Module]:
+def folder_of(base: str | Path) -> Path:
+    """The pipeline folder that `base` names: itself, or what the hub's cache has of that id (else it is fetched).
+
+    ConfigError for what is neither.
+    """
+    folder, named = Path(base).expanduser(), str(base)
+    if folder.exists() or isinstance(base, Path) or named.startswith((".", "/", "~")) or named.count("/") != 1:
+        if not (folder / "model_index.json").is_file():
+            raise ConfigError(f"base {named!r} is no Diffusers folder: there is no model_index.json in it")
+        return folder
+    with quiet():
+        from diffusers import DiffusionPipeline
+
+        try:
+            return Path(DiffusionPipeline.download(named))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"base {named!r} is no folder here and cannot be opened: {_reason(error)}") from None
+
+
+def _empty_denoiser(folder: Path) -> dict[str, torch.nn.Module]:
     """Component name -> denoiser without weights; nothing for what is no sound pipeline folder (`_open` says why)."""
     import diffusers
 
-    folder = Path(base).expanduser()
     components = _components(folder)
     try:
         for name in DENOISERS:
@@ -159,20 +178,16 @@ def _empty_denoiser(base: str | Path) -> dict[str, torch.nn.Module]:
     return {}
 
 
-def _empty_encoders(base: str | Path) -> dict[str, torch.nn.Module]:
-    """Text encoders without weights, of those whose files have the names of the model.
-
-    The others (Qwen2.5-VL's names are changed while loading) are left to Transformers, which loads them whole.
-    """
-    folder, found = Path(base).expanduser(), dict[str, torch.nn.Module]()
+def _empty_encoders(folder: Path) -> dict[str, tuple[torch.nn.Module, Mapping[str, Tensor]]]:
+    """Text encoders without weights, and where those are. What cannot be read so is left to Transformers, whole."""
+    found = dict[str, tuple[torch.nn.Module, Mapping[str, Tensor]]]()
     for name, (library, kind) in _components(folder).items():
         if name.startswith("text_encoder") and library == "transformers":
             try:
                 model = empty_encoder(kind, folder / name)
-                check_weights(model, WeightFiles(folder / name))
+                found[name] = model, encoder_weights(model, folder / name)
             except (ConfigError, OSError, ValueError, TypeError, AttributeError):
                 continue
-            found[name] = model
     return found
 
 
@@ -191,21 +206,20 @@ def _kept(pipe: Any) -> tuple[str, ...]:
     return next((family.kept for family in FAMILIES.values() if family.matches(pipe)), ())
 
 
-def _open(base: str | Path, dtype: torch.dtype, **components: torch.nn.Module) -> Any:
-    looks_local = Path(base).exists() or str(base).startswith((".", "/", "~")) or str(base).count("/") != 1
-    if looks_local and not (Path(base).expanduser() / "model_index.json").is_file():
-        raise ConfigError(f"base {str(base)!r} is no Diffusers folder: there is no model_index.json in it")
+def _open(folder: Path, dtype: torch.dtype, **components: torch.nn.Module) -> Any:
     with quiet():
         from diffusers import DiffusionPipeline
 
         try:
-            source = str(Path(base).expanduser()) if looks_local else base
-            return DiffusionPipeline.from_pretrained(source, dtype=dtype, **components)
+            return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **components)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            reason = reason.split(" Please check")[0]  # a stack trace that nobody sees
-            where = "" if looks_local else "is no folder here and "
-            raise ConfigError(f"base {str(base)!r} {where}cannot be opened: {reason}") from None
+            raise ConfigError(f"base {str(folder)!r} cannot be opened: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what Diffusers says, without the stack trace that nobody sees."""
+    said = str(error).strip().splitlines()
+    return said[0].split(" Please check")[0] if said else type(error).__name__
 
 
 @contextmanager

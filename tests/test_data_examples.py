@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_diffusion.data.examples import Source, find_examples
+from lora_diffusion.data.examples import Source, find_examples, look_for
 from lora_diffusion.errors import ConfigError, DataError
 
 
@@ -89,7 +89,7 @@ def test_masks_are_found_beside_and_in_their_folder_and_are_no_examples(tmp_path
 def test_pictures_without_captions_are_all_listed_and_two_settings_help(tmp_path: Path) -> None:
     _put(tmp_path, "red_fox-2.png", "b.png", "b.txt", "empty.png")
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(DataError, match="2 of 3 pictures have no caption") as caught:
+    with pytest.raises(DataError, match=r"2 of 3 pictures cannot be used.*put a \.txt file beside") as caught:
         find_examples(tmp_path)
     assert str(tmp_path / "red_fox-2.png") in str(caught.value)
     assert str(tmp_path / "empty.png") in str(caught.value)
@@ -135,3 +135,49 @@ def test_a_caption_that_is_not_utf8_is_an_error_with_its_path(tmp_path: Path) ->
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"a\.txt: is not UTF-8"):
         find_examples(tmp_path)
+
+
+def test_all_faults_of_captions_metadata_masks_and_formats_come_in_one_list(tmp_path: Path) -> None:
+    _put(tmp_path, "a.png", "b.png", "b.txt", "bare.png", "commas.png", "latin.png", "masks/gone.png", "sub/c.png")
+    (tmp_path / "commas.txt").write_text(" , ,\n,")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "phone.heic").write_bytes(b"")
+    (tmp_path / "phone.txt").write_text("a phone")
+    lines = ['{"file_name": "a.png", "text": "one"}', '{"file_name": "gone.png", "text": "x"}', "{", "[1]"]
+    lines += ['{"file_name": "a.png", "text": "two"}', '{"file_name": "../out.png", "text": "x"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "sub" / "metadata.json").write_text("{")
+    found = look_for(tmp_path)
+    assert {e.picture.name: e.caption for e in found.examples} == {"a.png": "one", "b.png": "caption of b"}
+    assert {path.name for path in found.bad} == {"bare.png", "commas.png", "latin.png", "phone.heic", "c.png"}
+    assert len(found.others) == 7
+    with pytest.raises(DataError, match="5 of 7 pictures cannot be used and 7 metadata records or masks") as caught:
+        find_examples(tmp_path)
+    said = str(caught.value)
+    parts = ["latin.txt: is not UTF-8", "phone.heic: is of a format", "commas.png: has no caption", "line 3: is not"]
+    parts += ["line 4: expected a record", "gives 'a.png' a second caption", "gone.png: is the mask of no picture"]
+    assert all(part in said for part in parts)
+
+
+def test_a_link_back_to_its_own_folder_shows_no_picture_twice(tmp_path: Path) -> None:
+    _put(tmp_path / "data", "in/a.png", "in/a.txt")
+    (tmp_path / "data" / "in" / "again").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "data" / "in", target_is_directory=True)
+    assert list(_captions(tmp_path / "data")) == ["in/a.png", "more/a.png"]
+
+
+def test_captions_in_json_beside_pictures(tmp_path: Path) -> None:
+    _put(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "a.json").write_text('{"caption": "a fox,\\n red", "rating": 5}')
+    (tmp_path / "b.json").write_text('{"tags": ["fox", "red"]}')
+    (tmp_path / "c.json").write_text('{"author": "me"}')
+    found = look_for(tmp_path)
+    assert [e.caption for e in found.examples] == ["a fox, red", "fox, red"]
+    assert "c.json: expected 'text' or 'caption', found ['author']" in found.bad[tmp_path / "c.png"]
+
+
+def test_signs_and_letters_of_any_writing_are_captions_and_punctuation_is_none(tmp_path: Path) -> None:
+    _put(tmp_path, "a.png", "b.png", "c.png")
+    for name, text in {"a": "\U0001f98a", "b": "猫", "c": "…!"}.items():
+        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
+    assert {e.picture.stem for e in look_for(tmp_path).examples} == {"a", "b"}

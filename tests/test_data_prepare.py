@@ -71,3 +71,15 @@ def test_the_same_seed_prepares_the_same_views(folder: Path) -> None:
 
     assert once(1) == once(1)
     assert once(1) != once(2)
+
+
+def test_skip_bad_goes_on_without_captions_and_records_too(folder: Path) -> None:
+    (folder / "good.txt").write_text("a caption")
+    (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
+    with pytest.raises(DataError, match="4 of 5 pictures cannot be used and 1 metadata") as caught:
+        prepare(folder, sizes=SIZES)
+    assert "or go on without them by --skip-bad" in str(caught.value)
+    assert "cut.png: has no caption" in str(caught.value)
+    result = prepare(folder, sizes=SIZES, skip_bad=True)
+    assert [item.example.picture.name for item in result.items] == ["good.png"]
+    assert len(result.skipped) == 5

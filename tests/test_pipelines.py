@@ -6,16 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import nn
 
-from lora_diffusion import pipelines
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.pipelines import load_pipeline
 from lora_diffusion.quantize import fingerprint, is_quantized, quantize, weight_bytes
@@ -105,24 +101,3 @@ def test_a_folder_without_its_denoiser_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "unet" / "config.json").unlink()
     with pytest.raises(ConfigError, match="cannot be opened"):
         load_pipeline(tmp_path, device="cpu")
-
-
-@pytest.mark.parametrize(("make", "read"), [(tiny.flux, 2), (tiny_families.flux2, 1), (tiny_families.qwen_image, 0)])
-def test_text_encoders_are_quantised_while_they_are_read_where_their_files_have_their_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], read: int
-) -> None:
-    make().save_pretrained(tmp_path)
-    given: list[str] = []
-
-    def opened(base: str | Path, dtype: torch.dtype, **components: nn.Module) -> Any:
-        given.extend(name for name, part in components.items() if all(p.is_meta for p in part.parameters()))
-        return open_whole(base, dtype, **components)
-
-    open_whole = pipelines._open
-    monkeypatch.setattr(pipelines, "_open", opened)
-    streamed = load_pipeline(tmp_path, precision="fp32", device="cpu", text_encoders="nf4").pipe
-    whole = load_pipeline(tmp_path, precision="fp32", device="cpu").pipe
-    pipelines.quantize_encoders(whole, "nf4", torch.float32, "cpu")
-    assert len(given) == read
-    for name in (name for name in whole.components if name.startswith("text_encoder")):
-        assert fingerprint(getattr(streamed, name)) == fingerprint(getattr(whole, name))

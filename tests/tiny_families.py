@@ -22,6 +22,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
@@ -30,6 +31,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -46,7 +48,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from tests.tiny import WIDTH, _byte_letters, _seeded, _vae, picture, sd, t5, t5_tokenizer
+from tests.tiny import WIDTH, _byte_letters, _seeded, _vae, flux, picture, sd, sd3, t5, t5_tokenizer
 
 _UNGUIDED = {"guidance_scale": 1.0, "true_cfg_scale": 1.0, "use_resolution_binning": False}
 _LANGUAGE: dict[str, Any] = {
@@ -76,6 +78,18 @@ def sd2_v() -> StableDiffusionPipeline:
     """Stable Diffusion 2.x: linear projections, v prediction."""
     pipe = sd(use_linear_projection=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    return pipe
+
+
+def sd35() -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3.5 medium: a second attention over the picture in some blocks, normalised queries and keys."""
+    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+def schnell() -> FluxPipeline:
+    """FLUX.1 schnell: no guidance embedding, no shift by size."""
+    pipe = flux(guidance_embeds=False)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     return pipe
 
 

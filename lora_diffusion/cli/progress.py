@@ -88,6 +88,9 @@ class TrainingBars(StageBars):
 
     def __call__(self, step: Step) -> None:
         """Show one report."""
+        if step.stage == "note":
+            say(step.said)
+            return
         note = ""
         if step.stage == "train":
             if math.isnan(self.smooth):

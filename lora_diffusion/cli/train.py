@@ -14,6 +14,9 @@ def train(
         list[str] | None,
         typer.Argument(help="Settings to override, such as train.steps=100.", metavar="KEY=VALUE"),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on without pictures and captions that cannot be used, and list them.")
+    ] = False,
 ) -> None:
     """Train an adapter on a folder of pictures over a frozen, 4-bit base model.
 
@@ -24,4 +27,4 @@ def train(
     from lora_diffusion.cli.progress import show_training
     from lora_diffusion.training.config import TrainConfig
 
-    show_training(TrainConfig.load(config, settings or []))
+    show_training(TrainConfig.load(config, [*(settings or []), *(["data.skip_bad=true"] if skip_bad else [])]))

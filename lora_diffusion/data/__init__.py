@@ -1,5 +1,6 @@
 """Folder -> examples -> aspect buckets -> cached latents and text embeddings.
 
+    records.py    captions in JSON
     examples.py   pictures with their captions, masks, repeats and weights, from the spellings people use
     pictures.py   opening them safely: orientation, alpha, size limits before decoding, damage
     captions.py   trigger word, tag shuffle, dropout: a fixed number of variants by seed

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_diffusion.data.buckets import BucketRules, View, views
-from lora_diffusion.data.examples import CaptionFrom, Example, Source, find_examples
+from lora_diffusion.data.examples import CaptionFrom, Example, Source, look_for
 from lora_diffusion.data.pictures import PictureInfo, PictureRules, inspect_picture, open_mask
-from lora_diffusion.errors import DataError, in_lines
+from lora_diffusion.errors import DataError
 
 __all__ = ["Item", "Prepared", "prepare"]
 
@@ -29,7 +29,7 @@ class Prepared:
     """What can be trained on, and what was left out and why (only with `skip_bad`)."""
 
     items: tuple[Item, ...]
-    skipped: Mapping[Path, str] = field(default_factory=dict[Path, str])
+    skipped: Mapping[Path | str, str] = field(default_factory=dict[Path | str, str])
 
     def __str__(self) -> str:
         lines = [f"{len(self.items)} pictures, {sum(len(item.views) for item in self.items)} views"]
@@ -49,26 +49,25 @@ def prepare(
 ) -> Prepared:
     """Find, decode and size every picture; `progress(done, total)` is called after each.
 
-    Raises DataError as `find_examples` does, and one that lists all pictures and masks that cannot be used, each with
-    its fault; with `skip_bad` they are left out and stand in the result, unless nothing is left.
+    Raises DataError as `look_for` does, and one that lists everything that cannot be used with its fault: pictures,
+    captions, masks, metadata. With `skip_bad` that is left out and stands in the result, unless nothing is left.
     """
-    examples = find_examples(sources, caption_from=caption_from, fallback_caption=fallback_caption)
+    found = look_for(sources, caption_from=caption_from, fallback_caption=fallback_caption)
     sizes, pictures = sizes or BucketRules(), pictures or PictureRules()
     items: list[Item] = []
     bad: dict[Path, str] = {}
-    for done, example in enumerate(examples, start=1):
+    for done, example in enumerate(found.examples, start=1):
         try:
             items.append(_item(example, sizes, pictures, seed))
         except DataError as error:
             bad[example.picture] = str(error)
         if progress is not None:
-            progress(done, len(examples))
-    if bad and (not skip_bad or not items):
-        advice = "repair or remove them, or set data.skip_bad=true" if items else "nothing is left to train on"
-        raise DataError(
-            f"{len(bad)} of {len(examples)} pictures cannot be used; {advice}:{in_lines(list(bad.values()))}"
-        )
-    return Prepared(tuple(items), bad)
+            progress(done, len(found.examples))
+    if not items:
+        raise found.fault(bad, "nothing is left to train on")
+    if (bad or found.bad or found.others) and not skip_bad:
+        raise found.fault(bad, "repair or remove them, or go on without them by --skip-bad (data.skip_bad=true)")
+    return Prepared(tuple(items), {**found.bad, **bad, **found.others})
 
 
 def _item(example: Example, sizes: BucketRules, pictures: PictureRules, seed: int) -> Item:

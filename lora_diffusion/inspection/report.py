@@ -39,6 +39,7 @@ def write_report(config: TrainConfig, result: TrainResult) -> tuple[Path, Verdic
         _section("Held-out loss by noise level, clean to noisy", _bands(result)),
         _section("Pictures", "".join(map(_picture, result.previews))) if result.previews else "",
         _section("Strength by block", _blocks(result, verdict)),
+        _section("Left out of the pictures", _list(result.left_out)) if result.left_out else "",
         _section("Settings", _table(_flat(config.model_dump(mode="json")))),
     ]
     path = config.output / "report.html"

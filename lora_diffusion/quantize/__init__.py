@@ -15,7 +15,7 @@ from lora_diffusion.quantize.files import load_quantized, save_quantized
 from lora_diffusion.quantize.layers import dequantize, is_quantized
 from lora_diffusion.quantize.plan import ADALN, Precision
 from lora_diffusion.quantize.report import LayerCost, QuantizationReport
-from lora_diffusion.quantize.streaming import WeightFiles, check_weights, empty_encoder, empty_model
+from lora_diffusion.quantize.streaming import WeightFiles, empty_encoder, empty_model, encoder_weights
 from lora_diffusion.quantize.walk import quantize
 
 __all__ = [
@@ -24,10 +24,10 @@ __all__ = [
     "Precision",
     "QuantizationReport",
     "WeightFiles",
-    "check_weights",
     "dequantize",
     "empty_encoder",
     "empty_model",
+    "encoder_weights",
     "fingerprint",
     "is_quantized",
     "load_quantized",

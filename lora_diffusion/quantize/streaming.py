@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_diffusion.errors import ConfigError, some
 from lora_diffusion.quantize.contents import ties
 
-__all__ = ["WeightFiles", "check_weights", "empty_encoder", "empty_model", "fill"]
+__all__ = ["WeightFiles", "check_weights", "empty_encoder", "empty_model", "encoder_weights", "fill"]
 
 M = TypeVar("M", bound=nn.Module)
 _FILE = r"(diffusion_pytorch_model|model){variant}(-\d+-of-\d+)?\.safetensors"
@@ -48,11 +48,33 @@ class WeightFiles(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Weights under other names: new name -> name in `weights`."""
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._weights, self._names = weights, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def empty_model(kind: type[M], folder: str | os.PathLike[str]) -> M:
@@ -74,6 +96,32 @@ def empty_encoder(kind: str, folder: str | os.PathLike[str]) -> nn.Module:
         model = transformers_kind(transformers_kind.config_class.from_pretrained(folder)).eval()
     model.tie_weights()  # it was tied before its parameters went to the meta device
     return model
+
+
+def encoder_weights(model: nn.Module, folder: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """The tensors in `folder` under the names that Transformers gives them while it loads them into `model`.
+
+    Files of Qwen2.5-VL have the names of an earlier Transformers, those of Z-Image's Qwen3 the names of a model with
+    a head. What the model has no place for is left out, as Transformers does. ConfigError where some are missing, or
+    are made from others.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transformer: Any = model
+    changes, state = get_model_conversion_mapping(transformer), model.state_dict()
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    makings = [change for change in changes if isinstance(change, WeightConverter)]
+    files, names = WeightFiles(folder), dict[str, str]()
+    for key in sorted(files):
+        name, made = rename_source_key(key, renamings, makings, transformer.base_model_prefix, state)
+        if made is not None:
+            raise ConfigError(f"{folder}: {key} is no weight of {type(model).__name__} but one that some are made from")
+        if name in state:
+            names[name] = key
+    weights = _Renamed(files, names)
+    check_weights(model, weights)
+    return weights
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

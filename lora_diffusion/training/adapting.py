@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.attachment import Attachment, attach, by_layer
@@ -17,6 +16,7 @@ from lora_diffusion.families import Family
 from lora_diffusion.formats import FORMATS
 from lora_diffusion.methods import Method, new_method
 from lora_diffusion.methods.lora import LoRA
+from lora_diffusion.pipelines import folder_of
 from lora_diffusion.quantize import WeightFiles
 from lora_diffusion.targets import find_targets
 from lora_diffusion.training.batches import generator_for
@@ -136,10 +136,4 @@ def _starts(
     methods = {name: chosen for name, chosen in found.items() if isinstance(chosen, LoRA)}
     if settings.init == "eva":
         return eva_start(layers, methods, run)
-    return loftq_start(layers, methods, _originals(Path(config.base) / component))
-
-
-def _originals(folder: Path) -> Mapping[str, Tensor]:
-    if not folder.is_dir():
-        raise ConfigError(f"adapter.init = 'loftq' reads the weights as they were, and there is no folder {folder}")
-    return WeightFiles(folder)
+    return loftq_start(layers, methods, WeightFiles(folder_of(config.base) / component))

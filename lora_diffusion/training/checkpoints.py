@@ -90,22 +90,23 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 def check_settings(
     then: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str], where: Path, defaults: Mapping[str, Any]
-) -> None:
-    """ConfigError where a setting that shapes the result differs from the checkpoint's.
+) -> list[str]:
+    """What of the `free` settings is other than in the checkpoint; ConfigError where one is that shapes the result.
 
     A checkpoint of an earlier version lacks the settings that are new since: they had their `defaults` then.
     """
     before, after = _flatten(defaults) | _flatten(then), _flatten(now)
-    changed = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+    changed = {
+        key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if key not in free and before.get(key) != after.get(key)
-    ]
-    if changed:
-        listed = "; ".join(changed[:3])
+        if before.get(key) != after.get(key)
+    }
+    if falsified := [said for key, said in changed.items() if key not in free]:
+        listed = "; ".join(falsified)
         raise ConfigError(
             f"{where} was made with other settings ({listed}); restore them or choose another output folder"
         )
+    return list(changed.values())
 
 
 def _write(draft: Path, checkpoint: Checkpoint) -> None:

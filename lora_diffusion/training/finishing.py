@@ -68,6 +68,7 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
         previews=sorted((run.config.output / "previews").glob("[sw]*.png")),
         memory=_peak_memory(),
         precision=run.config.backbone.precision,
+        left_out=list(run.prepared.skipped.values()),
     )
     if run.processes.index == 0:
         result.write(run.config.output)

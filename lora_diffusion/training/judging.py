@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import Family
 from lora_diffusion.pipelines import Opened
 from lora_diffusion.training.batches import Batch, Batches, generator_for
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loss import MSE, Loss, loss_for
-from lora_diffusion.training.objective import Objective, losses, objective_for, towards
+from lora_diffusion.training.objective import Objective, losses, objective_for, towards, with_zero_snr
 from lora_diffusion.training.preparation import Prepared
 from lora_diffusion.training.trained import Trained
 
@@ -27,7 +28,11 @@ class Judge:
     def __init__(self, config: TrainConfig, opened: Opened, family: Family, prepared: Prepared) -> None:
         self.config, self.family, self.prepared = config, family, prepared
         self.denoiser: nn.Module = getattr(opened.pipe, family.denoiser)
+        if config.times.zero_snr:  # previews are drawn so, too
+            opened.pipe.scheduler = with_zero_snr(family, opened.pipe.scheduler)
         self.objective: Objective = objective_for(family, opened.pipe.scheduler, config.times)
+        if config.loss.noise_offset and self.objective.schedule is None:
+            raise ConfigError(f"loss.noise_offset is for epsilon and v, and {family.name!r} is a flow; leave it out")
         self.loss = loss_for(config.loss, self.objective.schedule)
         self.place: dict[str, Any] = {"device": opened.device, "dtype": opened.dtype}
         self.trained: Trained | None = None
@@ -66,6 +71,8 @@ class Judge:
         generator = generator_for(self.config.train.seed, what, index)
         torch.manual_seed(generator.initial_seed())  # dropout masks
         noise = torch.randn(batch.latents.shape, generator=generator)
+        if offset := self.config.loss.noise_offset:  # crosslabs.org/blog/diffusion-with-offset-noise
+            noise += offset * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
         height, width = batch.latents.shape[-2:]
         return noise, self.objective.draw(len(batch.latents), generator, (height, width))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_diffusion.errors import ConfigError, LoraDiffusionError, some
+from lora_diffusion.errors import ConfigError, LoraDiffusionError, in_lines, some
 from lora_diffusion.families import Family, family_of
 from lora_diffusion.pipelines import Opened, load_pipeline
 from lora_diffusion.quantize import fingerprint
@@ -66,7 +66,11 @@ def train(config: TrainConfig, listen: Listener = lambda progress: None) -> Trai
     family = family_of(opened.pipe)
     check_adapter(config.adapter, getattr(opened.pipe, family.denoiser))
     prepared = prepare(config, opened, family, lambda done, total: listen(Progress("prepare", done, total)))
+    if faults := list(prepared.skipped.values()):
+        listen(Progress("note", 0, 0, said=f"data.skip_bad: {len(faults)} left out:{in_lines(faults, len(faults))}"))
     run = Run(_settled(config, prepared, processes), opened, family, prepared, processes)
+    if run.resumed:
+        listen(Progress("note", 0, 0, said=run.resumed))
     return run.go(listen)
 
 
@@ -106,7 +110,7 @@ class Run:
         parts = ("vae",) if config.text.live else ("vae", *family.text_encoders)
         self.painter = Painter(config, opened.pipe, parts, opened.device)
         self.checkpoints = config.output / "checkpoints"
-        self._resume()
+        self.resumed = self._resume()
 
     def go(self, listen: Listener) -> TrainResult:
         """Train to the end or to an interruption."""
@@ -217,17 +221,19 @@ class Run:
             save_checkpoint(self.checkpoints, whole)
         self.processes.wait()
 
-    def _resume(self) -> None:
+    def _resume(self) -> str:
+        """Go on from the last checkpoint; what there is to say of that."""
         found = find_checkpoints(self.checkpoints)
         if not found:
-            return
+            return ""
         checkpoint = load_checkpoint(found[-1])
-        check_settings(checkpoint.settings, self._settings(), _FREE, found[-1], default_settings())
+        changed = check_settings(checkpoint.settings, self._settings(), _FREE, found[-1], default_settings())
         self.trained.restore(checkpoint.parameters)
         if self.average:
             self.average.restore(checkpoint.average)
         restore(self.optimizer, checkpoint.optimizer)
         self.step, self.losses, self.measured = checkpoint.step, checkpoint.losses, checkpoint.measured
+        return f"goes on from {found[-1].name}" + (f"; changed since: {'; '.join(changed)}" if changed else "")
 
     def _settings(self) -> dict[str, Any]:
         made_of = {"pictures": self.prepared.digest, "backbone": self.before, "start": self.start}

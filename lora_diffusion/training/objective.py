@@ -140,6 +140,9 @@ def objective_for(family: Family, scheduler: Any, times: TimesConfig = AS_EVER) 
 
     ConfigError for an unknown prediction type, and for `times` that do not fit.
     """
+    if times.zero_snr:
+        scheduler = with_zero_snr(family, scheduler)
+        times = times.model_copy(update={"zero_snr": False})
     if family.process == "flow":
         if times.sampling == "uniform" and (times.mean, times.std) != (0, 1):
             raise ConfigError("times.mean and times.std are of 'logit-normal', and times.sampling is 'uniform'")
@@ -157,6 +160,22 @@ def objective_for(family: Family, scheduler: Any, times: TimesConfig = AS_EVER) 
         raise ConfigError(f"scheduler predicts {target!r}; expected 'epsilon' or 'v_prediction'")
     schedule: Any = DDPMScheduler.from_config(scheduler.config)
     return Diffusion(schedule.alphas_cumprod, target, times.emphasis)
+
+
+def with_zero_snr(family: Family, scheduler: Any) -> Any:
+    """A scheduler like this one, its betas rescaled so that nothing of the picture is left in the last timestep.
+
+    Drawing begins there too (Lin et al. 2023, arXiv 2305.08891, sections 3.1 and 3.3). ConfigError but for v.
+    """
+    from diffusers import DDIMScheduler
+
+    if family.process == "flow" or scheduler.config.get("prediction_type") != "v_prediction":
+        raise ConfigError(
+            f"times.zero_snr is for bases that predict v: pure noise says nothing of epsilon, and flows end in it"
+            f" anyway; leave it out for this {family.name!r}"
+        )
+    kind: Any = type(scheduler) if "rescale_betas_zero_snr" in scheduler.config else DDIMScheduler
+    return kind.from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
 def emphasised(levels: Tensor, emphasis: float) -> Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageColor
 from torch import Tensor, nn
 
 from lora_diffusion.data.buckets import BucketRules, View, cut
 from lora_diffusion.data.cache import TensorCache, content_key
 from lora_diffusion.data.captions import CaptionRules, caption_variants, named
 from lora_diffusion.data.examples import Source
-from lora_diffusion.data.pictures import open_mask, open_picture
+from lora_diffusion.data.pictures import PictureRules, open_mask, open_picture
 from lora_diffusion.data.prepare import Item as Usable
 from lora_diffusion.data.prepare import prepare as look_at
 from lora_diffusion.errors import DataError
@@ -37,7 +38,7 @@ class Prepared:
     training: Batches
     heldout: Batches
     digest: str
-    skipped: Mapping[Path, str]
+    skipped: Mapping[Path | str, str]
     prior: Batches | None = None  # of class pictures, where `prior.kind` is "pictures"
 
 
@@ -100,11 +101,13 @@ class _Encoder:
         self.opened, self.family = opened, family
         self.rules, self.seed = _caption_rules(config.data), config.train.seed
         self.subject = config.prior.subject if config.prior.kind == "teacher" else None
-        self.cache = TensorCache(config.output / "cache")
+        self.cache, self.looks = TensorCache(config.output / "cache"), _picture_rules(config.data)
         pipe, dtype = opened.pipe, str(opened.dtype)
-        self.vae = f"{fingerprint(pipe.vae)}/{dtype}"
+        self.vae = content_key(weights=fingerprint(pipe.vae), settings=_settings_of(pipe.vae), dtype=dtype)
         parts = [getattr(pipe, name) for name in family.text_encoders]  # None where a pipeline was saved without it
-        self.encoders = "/".join(fingerprint(part) if part is not None else "" for part in parts) + f"/{dtype}"
+        weights = [fingerprint(part) if part is not None else "" for part in parts]
+        tokenizers = [_spelling_of(part) for name, part in pipe.components.items() if name.startswith("tokenizer")]
+        self.encoders = content_key(weights=weights, tokenizers=tokenizers, dtype=dtype)
 
     def texts(self, usable: Usable) -> tuple[str, ...]:
         """The captions a picture is trained under; class pictures have theirs as they are."""
@@ -120,7 +123,8 @@ class _Encoder:
 
     def keys(self, usable: Usable) -> list[str]:
         """Cache keys of a picture's views."""
-        return [content_key(kind="latents", of=usable.picture.content, view=v, model=self.vae) for v in usable.views]
+        made_of = {"of": usable.picture.content, "on": self.looks.background, "model": self.vae}
+        return [content_key(kind="latents", family=self.family.name, view=view, **made_of) for view in usable.views]
 
     @torch.no_grad()
     def latents(self, group: Sequence[Usable], listen: Count) -> dict[str, Tensor]:
@@ -146,7 +150,7 @@ class _Encoder:
     def _encode_pictures(self, wanted: Sequence[tuple[Path, View]]) -> list[dict[str, Tensor]]:
         made: list[dict[str, Tensor]] = []
         for path, view in wanted:
-            pixels = np.asarray(cut(open_picture(path), view), dtype=np.float32) / 127.5 - 1
+            pixels = np.asarray(cut(open_picture(path, self.looks), view), dtype=np.float32) / 127.5 - 1
             picture = torch.from_numpy(pixels).permute(2, 0, 1)[None]
             made.append({"latents": self.family.encode_pictures(self.opened.pipe, picture)[0]})
         return made
@@ -156,11 +160,11 @@ class _Encoder:
         return [{name: values[i] for name, values in encoded.items()} for i in range(len(texts))]
 
 
-def _examples(config: TrainConfig, rules: BucketRules) -> tuple[list[Usable], list[Usable], dict[Path, str]]:
+def _examples(config: TrainConfig, rules: BucketRules) -> tuple[list[Usable], list[Usable], dict[Path | str, str]]:
     """(to train on, held out, left out with reasons)."""
     data, seed = config.data, config.train.seed
     told: dict[str, Any] = {"caption_from": data.caption_from, "fallback_caption": data.fallback_caption}
-    told |= {"sizes": rules, "skip_bad": data.skip_bad, "seed": seed}
+    told |= {"sizes": rules, "pictures": _picture_rules(data), "skip_bad": data.skip_bad, "seed": seed}
     more = [Source(folder.folder, folder.weight, folder.repeats) for folder in data.folders]
     found = look_at([Source(data.folder), *more], **told)
     training, skipped = list(found.items), dict(found.skipped)
@@ -195,7 +199,27 @@ def _class_pictures(
     sources = [Source(folder, regularisation=True)]
     caption = config.prior.subject or None
     found = look_at(sources, sizes=rules, fallback_caption=caption, skip_bad=config.data.skip_bad)
-    return list(found.items)
+    drawn = {f"{number:04d}.png" for number in range(config.prior.pictures)}  # there may be more from another time
+    return [item for item in found.items if config.prior.folder is not None or item.example.picture.name in drawn]
+
+
+def _picture_rules(data: DataConfig) -> PictureRules:
+    red, green, blue = ImageColor.getrgb(data.background)[:3]
+    return PictureRules(background=(red, green, blue))
+
+
+def _settings_of(model: Any) -> dict[str, Any]:
+    """A model's configuration without where it came from."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+def _spelling_of(tokenizer: Any) -> str:
+    """What a tokenizer makes of a text depends on these."""
+    if tokenizer is None:
+        return ""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    table = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
+    return content_key(table=table, length=tokenizer.model_max_length, chat=getattr(tokenizer, "chat_template", None))
 
 
 def _caption_rules(data: DataConfig) -> CaptionRules:

@@ -31,7 +31,9 @@ def class_folder(config: TrainConfig, opened: Opened, family: Family, listen: Co
     if prior.folder is not None:
         return prior.folder
     size = config.data.resolution
-    made_of = {"base": fingerprint(getattr(opened.pipe, family.denoiser)), "dtype": str(opened.dtype), "size": size}
+    parts = {name: getattr(opened.pipe, name, None) for name in (family.denoiser, "vae", *family.text_encoders)}
+    base = {name: fingerprint(part) for name, part in parts.items() if part is not None}
+    made_of = {"base": base, "dtype": str(opened.dtype), "size": size}
     key = content_key(subject=prior.subject, steps=prior.steps, guidance=prior.guidance, **made_of)
     folder = config.output / "class-pictures" / key[:16]
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ class DivergedError(LoraDiffusionError, ArithmeticError):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a caller is told after each step. `stage` is "prepare", "measure" or "train"."""
+    """What a caller is told after each step. `stage` is "prepare", "measure", "train" or "note", which has `said`."""
 
     stage: str
     done: int
@@ -29,6 +29,8 @@ class Progress:
     loss: float = math.nan
     rate: float = math.nan
     """Learning rate; what Prodigy finds is in it."""
+    said: str = ""
+    """Something to know that has no number: what was left out, how a resumed run differs."""
 
 
 Listener = Callable[[Progress], None]
@@ -58,6 +60,8 @@ class TrainResult:
     previews: list[Path] = field(default_factory=list[Path], repr=False)  # in the order they were drawn
     memory: int = 0  # bytes at the peak: of the GPU where there is one, else of this process
     precision: str = ""  # of the backbone
+    left_out: list[str] = field(default_factory=list[str], repr=False)
+    """Pictures, records and masks that `data.skip_bad` went on without, each with its fault."""
 
     @property
     def heldout(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lora_diffusion.quantize import Precision
@@ -70,6 +71,18 @@ class DataConfig(Section):
     """Orders that are encoded and cached of each caption."""
     flip: bool = False
     """Mirror half of the pictures."""
+    background: str = "white"
+    """What shows through where a picture is transparent: a name, or "#rrggbb"."""
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_colour(cls, value: str) -> str:
+        try:
+            ImageColor.getcolor(value, "RGB")
+        except ValueError:
+            raise ValueError(f'data.background is {value!r}; expected a colour such as "white" or "#808080"') from None
+        return value
+
     skip_bad: bool = False
     """Go on without pictures that cannot be read, instead of listing them and stopping."""
 
@@ -138,10 +151,12 @@ class LossConfig(Section):
     """Error from which huber and smooth_l1 are linear; latents have about unit variance."""
     snr_gamma: float | None = Field(None, gt=0)
     """min-SNR weighting (arXiv 2303.09556), such as 5, for epsilon and v; None: every timestep counts the same."""
+    noise_offset: float = Field(0.0, ge=0, le=1)
+    """For epsilon and v, such as 0.05: so much noise that is one number a channel, for very dark or bright pictures."""
 
 
 class TimesConfig(Section):
-    """Which noise levels are trained at. All but `emphasis` is for flows (SD3, FLUX, …)."""
+    """Which noise levels are trained at. All but `emphasis` and `zero_snr` is for flows (SD3, FLUX, …)."""
 
     sampling: Literal["uniform", "logit-normal"] | None = None
     """None: logit-normal for flows (arXiv 2403.03206), uniform for timesteps."""
@@ -155,6 +170,8 @@ class TimesConfig(Section):
     """Above 1 moves times to the noisy end; None: the base's own shift."""
     dynamic: bool = False
     """The shift that the base's scheduler has for the size of each picture (FLUX, Qwen-Image, Lumina 2, …)."""
+    zero_snr: bool = False
+    """For v: the last timestep is noise alone (arXiv 2305.08891), as it is where drawing begins."""
 
 
 class PriorConfig(Section):

@@ -30,7 +30,9 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd (v prediction)": tiny_families.sd2_v,
     "sdxl": tiny.sdxl,
     "sd3": tiny.sd3,
+    "sd3 (3.5 medium)": tiny_families.sd35,
     "flux": tiny.flux,
+    "flux (schnell)": tiny_families.schnell,
     "flux2": tiny_families.flux2,
     "z-image": tiny_families.z_image,
     "qwen-image": tiny_families.qwen_image,
@@ -39,6 +41,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sana": tiny_families.sana,
     "pixart-sigma": tiny_families.pixart,
 }
+PACKED = ("flux", "chroma", "qwen-image")
 WITHOUT_LOADER = ("pixart-sigma",)  # Diffusers loads no adapters there
 every_family = pytest.mark.parametrize("name", PIPELINES)
 PROMPT = "a red fox"
@@ -58,15 +61,19 @@ def spied(pipe: Any, change: Callable[[Tensor], Tensor] = lambda x: x) -> list[t
     return steps
 
 
+def family_name(name: str) -> str:
+    return name.split(" ")[0]
+
+
 def packed(name: str, latents: Tensor) -> Tensor:
     """Latents as the pipeline's scheduler sees them."""
-    if name in ("flux", "chroma", "qwen-image"):
+    if family_name(name) in PACKED:
         return pack(latents)
     return latents.flatten(2).transpose(1, 2) if name == "flux2" else latents
 
 
 def unpacked(name: str, tokens: Tensor) -> Tensor:
-    if name in ("flux", "chroma", "qwen-image"):
+    if family_name(name) in PACKED:
         return unpack(tokens, tiny.LATENT, tiny.LATENT)
     half = tiny.LATENT // 2
     return tokens.transpose(1, 2).unflatten(2, (half, half)) if name == "flux2" else tokens
@@ -79,9 +86,9 @@ def times_of(family: Any, t: float) -> Tensor:
 def test_every_registered_family_is_tested_here_and_knows_its_pipelines() -> None:
     for name, build in PIPELINES.items():
         pipe = build()
-        assert family_of(pipe).name == name.split(" ")[0]
+        assert family_of(pipe).name == family_name(name)
         assert [family.name for family in FAMILIES.values() if family.matches(pipe)] == [family_of(pipe).name]
-    assert {name.split(" ")[0] for name in PIPELINES} == set(FAMILIES)
+    assert {family_name(name) for name in PIPELINES} == set(FAMILIES)
 
 
 @every_family
@@ -95,7 +102,8 @@ def test_predict_is_what_the_pipeline_gives_its_scheduler(name: str) -> None:
     if family.sized:
         conditioning["time_ids"] = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(3, -1)
     steps = spied(pipe)
-    drawn(pipe, PROMPT, **({"max_sequence_length": 64} if name == "flux" else {}))  # its tokenizer's own length
+    own_length = {"max_sequence_length": 64} if family_name(name) == "flux" else {}  # its tokenizer's
+    drawn(pipe, PROMPT, **own_length)
     assert len(steps) == 2
     for answer, t, seen in steps:
         alone = {key: values[:1] for key, values in conditioning.items()}
@@ -125,11 +133,15 @@ def test_latents_are_what_the_pipeline_decodes(name: str) -> None:
 
 
 @every_family
+@pytest.mark.parametrize("steps", [1, 3])
 @torch.no_grad()
-def test_a_true_answer_is_no_loss_and_the_scheduler_s_last_step_takes_it_back_to_the_picture(name: str) -> None:
+def test_a_true_answer_is_no_loss_and_the_scheduler_s_last_step_takes_it_back_to_the_picture(
+    name: str, steps: int
+) -> None:
+    """In one step from all noise or nearly so, and in the last of three."""
     pipe = PIPELINES[name]()
     family, scheduler = family_of(pipe), pipe.scheduler
-    drawn(pipe, PROMPT, steps=3)  # sets timesteps and shift as the pipeline does
+    drawn(pipe, PROMPT, steps=steps)  # sets timesteps and shift as the pipeline does
     t = scheduler.timesteps[-1]
     half = tiny.LATENT // 2
     shape = (1, 16, half, half) if name == "flux2" else (1, 4, tiny.LATENT, tiny.LATENT)

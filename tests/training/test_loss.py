@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    PNDMScheduler,
+)
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from lora_diffusion import TrainConfig, train
@@ -18,11 +26,13 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.families.flux import FLUX
 from lora_diffusion.families.flux2 import FLUX2
 from lora_diffusion.families.sd import SD
+from lora_diffusion.training.batches import generator_for
 from lora_diffusion.training.config import override
 from lora_diffusion.training.loss import Loss, loss_for, min_snr
-from lora_diffusion.training.objective import Flow, objective_for
+from lora_diffusion.training.objective import Flow, objective_for, with_zero_snr
 from lora_diffusion.training.sections import LossConfig, TimesConfig
 from tests.training.pictures import settings
+from tests.training.test_priors import run_of
 
 
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
@@ -51,6 +61,39 @@ def test_each_picture_is_weighted_by_its_own_timestep() -> None:
     assert torch.equal(loss.errors(answer, target, times), wanted)
     assert loss.weights[0] < 0.01
     assert loss.weights[999] == 1
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler])
+def test_zero_terminal_snr_is_that_of_diffusers(kind: Any) -> None:
+    """The betas that Diffusers' own function rescales; drawing begins at the last timestep."""
+    scheduler = kind(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    objective = objective_for(SD, scheduler, TimesConfig(zero_snr=True))
+    alphas, target = objective.schedule or (torch.tensor([]), "")
+    wanted = torch.cumprod(1 - rescale_zero_terminal_snr(scheduler.betas), 0)
+    torch.testing.assert_close(alphas, wanted, rtol=1e-5, atol=1e-7)
+    assert (alphas[-1], target) == (0, "v_prediction")
+    assert objective_for(SD, scheduler).schedule[0][-1] > 0  # type: ignore[index]
+    drawing = with_zero_snr(SD, scheduler)
+    drawing.set_timesteps(5)
+    assert drawing.timesteps[0] == 999
+    latents, noise = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    noisy, velocity = objective.noised(latents, noise, torch.tensor([999]))
+    assert torch.equal(noisy, noise)
+    assert torch.equal(velocity, -latents)
+
+
+def test_noise_offset_is_that_of_diffusers_scripts(tmp_path: Path) -> None:
+    """noise + offset · (one number a picture and channel); what is measured has none."""
+    drawn = []
+    for offset in (0.0, 0.3):
+        run = run_of(TrainConfig.parse(settings(tmp_path) | {"loss": {"noise_offset": offset}}))
+        batch = run.data.draw(0)
+        drawn.append(run.judge._draw("noise", batch, 0)[0])
+    added = (drawn[1] - drawn[0]) / 0.3
+    torch.testing.assert_close(added, added[..., :1, :1].expand_as(added), atol=1e-5, rtol=1e-5)
+    generator = generator_for(0, "noise", 0)
+    torch.randn(drawn[0].shape, generator=generator)
+    torch.testing.assert_close(added[..., 0, 0], torch.randn(added.shape[:2], generator=generator), atol=1e-5, rtol=0)
 
 
 def test_huber_and_smooth_l1_are_square_inside_and_linear_outside() -> None:
@@ -118,6 +161,9 @@ def test_a_shift_by_size_that_is_not_there_is_refused() -> None:
     [
         ("flux", ("loss.snr_gamma=5.0",), r"loss\.snr_gamma = 5\.0 is for bases that predict epsilon or v"),
         ("sd", ("times.shift=3.0",), r"\[times\] but for emphasis is for flows, and family 'sd'"),
+        ("flux", ("loss.noise_offset=0.1",), r"loss\.noise_offset is for epsilon and v"),
+        ("flux", ("times.zero_snr=true",), r"times\.zero_snr is for bases that predict v"),
+        ("sd", ("times.zero_snr=true",), r"times\.zero_snr is for bases that predict v"),
         ("flux", ("times.sampling=uniform", "times.mean=1.0"), r"times\.mean and times\.std are of 'logit-normal'"),
     ],
 )
@@ -137,6 +183,7 @@ def test_options_of_another_process_are_refused(
     [
         ("sd", "loss.snr_gamma=1.0"),
         ("sd", "loss.kind=smooth_l1"),
+        ("sd", "loss.noise_offset=0.1"),
         ("sd", "train.batch=1"),
         ("flux", "times.sampling=uniform"),
     ],
