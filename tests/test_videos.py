@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_diffusion import Adapter, AdapterStack, LayerAdapter, load_adapter, save_adapter
@@ -156,3 +157,17 @@ def test_a_grouped_one_and_wrong_frames_are_refused_by_name():
     fits = LayerAdapter("lora", {"down": torch.ones(1, 2, 1, 2, 2), "up": torch.ones(24, 1, 1, 1, 1)}, 1.0)
     with pytest.raises(Exception, match="patch_embedding: a Conv3d takes no lora"):
         AdapterStack(pipe).add(Adapter("a", {"transformer": {PATCH: fits}}))
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_the_norm_that_wan_calls_its_third_is_diffusers_second(prefix: str, tmp_path: Path):
+    pipe = wan()
+    tensors = {f"{prefix}blocks.0.norm3.diff": torch.rand(24), f"{prefix}blocks.0.norm3.diff_b": torch.rand(24)}
+    tensors[f"{prefix}blocks.0.norm3.diff"] += 0.5
+    save_file(tensors, tmp_path / "a.safetensors")
+    expected = wan()
+    live = expected.transformer.blocks[0].norm2
+    live.weight.data += tensors[f"{prefix}blocks.0.norm3.diff"]
+    live.bias.data += tensors[f"{prefix}blocks.0.norm3.diff_b"]
+    AdapterStack(pipe).add(load_adapter(tmp_path / "a.safetensors"))
+    torch.testing.assert_close(answer(pipe), answer(expected), rtol=1e-4, atol=1e-4)
