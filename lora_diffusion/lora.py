@@ -23,6 +23,7 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -260,7 +261,7 @@ class Slot(nn.Module):
         how = self.convolution
         if self.live is not None:  # by image, of linear layers alone; by place no weight can be merged
             return self.by_image and how is None and x.dim() == 3 and x.shape[1] * (width + out) > width * out
-        tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
+        tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // math.prod(how["stride"])
         return tokens * (width + out) > width * out
 
 

@@ -129,13 +129,23 @@ def _acting(gate: Tensor) -> Tensor | None:
 
 
 def add_convolution(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor, how: dict[str, Any]) -> Tensor:
-    """The same for a convolution, `how` it goes over the picture."""
-    hidden = F.conv2d(x, down.to(x), **how)  # (batch, R, height, width)
+    """The same for a convolution, `how` it goes over the picture or video."""
+    hidden = convolve(x, down.to(x), how)  # (batch, R[, frames], height, width)
     columns = over_pixels(gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device), hidden)
-    return out + F.conv2d(gated(hidden, columns), up.to(x).t()[:, :, None, None]).to(out.dtype)
+    return out + convolve(gated(hidden, columns), over_places(up.to(x).t(), hidden)).to(out.dtype)
+
+
+def convolve(x: Tensor, weight: Tensor, how: dict[str, Any] | None = None) -> Tensor:
+    """`x` (batch, in[, frames], height, width) times a weight with as many axes, `how` as for `F.conv2d`."""
+    return (F.conv3d if weight.dim() == 5 else F.conv2d)(x, weight, **(how or {}))
+
+
+def over_places(matrix: Tensor, image: Tensor) -> Tensor:
+    """`matrix` (a, b) with an axis of length 1 for each that `image` has behind its channels."""
+    return matrix[(..., *(None,) * (image.dim() - 2))]
 
 
 def over_pixels(gate: Tensor, image: Tensor) -> Tensor:
-    """A gate by place, (batch or 1, 1 or places, R), as it multiplies an image of R channels."""
-    columns = gate.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
-    return columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, image.shape[-2:])
+    """A gate by place, (batch or 1, 1 or places, R), as it multiplies an image or a video of R channels."""
+    columns = gate.transpose(1, 2)  # (batch or 1, R, 1 or all places)
+    return over_places(columns[..., 0], image) if columns.shape[2] == 1 else columns.unflatten(2, image.shape[2:])
