@@ -63,6 +63,7 @@ def train(config: TrainConfig, listen: Listener = lambda progress: None) -> Trai
         compute=config.backbone.compute,
         device=str(processes.device) if processes.count > 1 else config.backbone.device,
         text_encoders=config.backbone.text_encoders,
+        keep_adaln=config.backbone.keep_adaln,
     )
     family = family_of(opened.pipe)
     check_adapter(config.adapter, getattr(opened.pipe, family.denoiser))
