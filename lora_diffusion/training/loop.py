@@ -28,6 +28,7 @@ from lora_diffusion.training.checkpoints import (
     find_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    writing,
 )
 from lora_diffusion.training.config import TrainConfig, default_settings
 from lora_diffusion.training.continuing import continue_from
@@ -56,6 +57,11 @@ def train(config: TrainConfig, listen: Listener = lambda progress: None) -> Trai
     """Train the adapter that `config` describes. Raises LoraDiffusionError subclasses, each with one sentence."""
     check_optimizer(config)
     check_board(config)
+    with writing(config.output):
+        return _trained(config, listen)
+
+
+def _trained(config: TrainConfig, listen: Listener) -> TrainResult:
     processes = Processes(config.backbone.device)
     opened = load_pipeline(
         config.base,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +14,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, load_adapter, train
+from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, TrainResult, load_adapter, train
 from lora_diffusion.errors import ConfigError, DataError
+from lora_diffusion.training import watching
 from lora_diffusion.training.batches import Batch, Batches
 from lora_diffusion.training.checkpoints import CheckpointError, find_checkpoints
 from lora_diffusion.training.config import override
 from lora_diffusion.training.results import DivergedError, Progress
 from tests import tiny
-from tests.training.pictures import config, interrupted, settings
+from tests.training.pictures import config, cut_off, interrupted, settings
 from tests.training.test_priors import run_of
 
 
@@ -125,6 +128,48 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(
     with pytest.raises(CheckpointError, match=r"No space left on device; step-000002 is complete"):
         train(config(tmp_path))
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(watching, "write_picture"), (TrainResult, "write")])
+def test_a_disk_that_is_full_at_any_other_file_is_one_sentence_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    watched = config(tmp_path).changed('watch.prompts=["x"]', "watch.every=3", "watch.steps=1", "watch.pictures=1")
+    whole = train(watched.changed(f"output={tmp_path / 'whole'}")).adapter
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device; step-00000\d is compl"):
+            train(watched)
+    again = train(watched).adapter
+    assert again is not None
+    assert whole is not None
+    assert again.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a child's files as a quota does")
+def test_a_quota_that_is_met_in_the_middle_of_a_checkpoint_loses_no_finished_one(tmp_path: Path) -> None:
+    """The kernel refuses the write, half of the file is there."""
+    whole = train(config(tmp_path).changed(f"output={tmp_path / 'whole'}")).adapter
+    assert whole is not None
+    cut_off(config(tmp_path), 3)
+    found = find_checkpoints(tmp_path / "out" / "checkpoints")
+    assert [path.name for path in found] == ["step-000002"]
+    child = os.fork()
+    if not child:  # the limit is this process's alone
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            train(config(tmp_path))
+        except CheckpointError as error:
+            os._exit(0 if "step-000002 is complete and stays" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000002"]
+    again = train(config(tmp_path)).adapter
+    assert again is not None
+    assert again.read_bytes() == whole.read_bytes()
 
 
 def test_a_run_whose_rate_explodes_names_step_and_pictures_and_keeps_nothing_broken(tmp_path: Path) -> None:
