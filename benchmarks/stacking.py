@@ -98,6 +98,8 @@ def forward(config: dict[str, Any], side: int, counts: tuple[int, ...], rounds: 
 
 def by_image(tokens: int, width: int, rank: int, rounds: int) -> dict[str, Any]:
     """One adapter an image in a batch of 8 on one linear layer, relative to the layer alone."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     from lora_diffusion.dial import Dial
     from lora_diffusion.gates import Resolved
     from lora_diffusion.lora import Slot, place
@@ -109,10 +111,20 @@ def by_image(tokens: int, width: int, rank: int, rounds: int) -> dict[str, Any]:
     place(gated, slot)
     mixes = {str(i): Resolved(tuple(float(i == j) for j in range(8))) for i in range(8)}
     Dial("unet", gated, None).bind({"layer": slot}, mixes)
-    x = torch.randn(8, tokens, width).bfloat16()
+    peers: Any = torch.nn.Sequential(torch.nn.Linear(width, width))
+    for i in range(8):
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=False)
+        inject_adapter_in_model(config, peers, adapter_name=str(i))
+    peers.bfloat16()
+    x, names = torch.randn(8, tokens, width).bfloat16(), [str(i) for i in range(8)]
+    cases = {
+        "none": lambda: plain(x),
+        "ours": lambda: gated(x),
+        "peft, adapter_names": lambda: peers[0](x, adapter_names=names),
+    }
     with torch.inference_mode():
-        times = interleaved({"none": lambda: plain(x), "ours": lambda: gated(x)}, rounds)
-    return {"seconds": times, "relative": times["ours"]["median"] / times["none"]["median"]}
+        times = interleaved(cases, rounds)
+    return {"seconds": times, "relative": {n: times[n]["median"] / times["none"]["median"] for n in times}}
 
 
 def turning(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
@@ -138,26 +150,27 @@ def turning(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
             rounds,
         )
 
-        here = [1, 2]
+        here = [1]
 
         def swap() -> None:
-            stack.swap(f"x{here[0]}", made[here[1]])
-            here.reverse()
+            """To the next of seven residents; where its place among the rows is another, those of x0 move too."""
+            following = here[0] % 7 + 1
+            stack.swap(f"x{here[0]}", made[following])
+            here[0] = following
 
         def hotswap() -> None:
             weights, _ = peers.kind.lora_state_dict(str(files[1]))
             peers.unet.load_lora_adapter(weights, adapter_name="x1", prefix="unet", hotswap=True)
 
-        for _ in range(3):  # both are met, and their rows laid out
+        for _ in range(21):  # all are met, and their rows laid out
             swap()
-        swap()
         results["swap"] = interleaved({"ours": swap, "peft, hotswap": hotswap}, rounds)
     stack.clear()
-    results |= coming_and_going(ours, made, rounds)
+    results |= coming_and_going(ours, peers, made, rounds)
     return results
 
 
-def coming_and_going(pipe: Bare, made: list[Adapter], rounds: int) -> dict[str, Any]:
+def coming_and_going(pipe: Bare, peers: Bare, made: list[Adapter], rounds: int) -> dict[str, Any]:
     """Adding sixteen files one after the other to an empty stack that has not met them, and taking all off."""
     adds: dict[str, list[float]] = {"2nd": [], "16th": []}
     cleared: list[float] = []
@@ -170,10 +183,17 @@ def coming_and_going(pipe: Bare, made: list[Adapter], rounds: int) -> dict[str, 
                 if label := {2: "2nd", 16: "16th"}.get(number):
                     adds[label].append(seconds)
             cleared.append(once(fresh.clear))
+        peers.unet.delete_adapters(["x0", "x1"])
+        unloaded: list[float] = []
+        for _ in range(min(rounds, 2)):  # of two adapters, not of sixteen
+            for number in range(2):
+                peers.load(files[number], f"x{number}")
+            unloaded.append(once(peers.unet.unload_lora))
     medians = {label: statistics.median(times) for label, times in adds.items()}
     return {
         "add": {**medians, "all": adds, "16th over 2nd": medians["16th"] / medians["2nd"]},
         "clear of 16": {"median": statistics.median(cleared), "all": cleared},
+        "peft, unload_lora of 2": {"median": statistics.median(unloaded), "all": unloaded},
     }
 
 
@@ -188,11 +208,20 @@ def fusing(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
     """fuse + unfuse of four adapters, seconds; the weights must come back bit for bit."""
     from lora_diffusion.quantize import fingerprint
 
-    pipe = Bare(None, config, torch.bfloat16)
+    pipe, peers = Bare(None, config, torch.bfloat16), Bare(StableDiffusionPipeline, config, torch.bfloat16)
     before, stack = fingerprint(pipe.unet), AdapterStack(pipe)
-    for adapter in adapters(pipe.unet, 4, rank):
-        stack.add(adapter)
-    times = interleaved({"fuse": stack.fuse, "unfuse": stack.unfuse}, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        for adapter in adapters(pipe.unet, 4, rank):
+            stack.add(adapter)
+            peers.load(save_adapter(adapter, Path(folder) / f"{adapter.name}.safetensors"), adapter.name)
+    peers.unet.set_adapters(list(stack), [1.0] * 4)
+    cases = {
+        "fuse": stack.fuse,
+        "unfuse": stack.unfuse,
+        "peft, fuse": lambda: peers.unet.fuse_lora(adapter_names=list(stack)),
+        "peft, unfuse": peers.unet.unfuse_lora,
+    }
+    times = interleaved(cases, rounds)
     return {"seconds": times, "bit-identical": fingerprint(pipe.unet) == before}
 
 

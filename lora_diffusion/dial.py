@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from lora_diffusion.clock import Clock
 from lora_diffusion.composing import Composition, alone, averaged, repeated
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.gates import Call, Level, Resolved, entry_gate, is_live, number_at
+from lora_diffusion.gates import Call, Level, Resolved, entry_gate, has_places, is_live, is_steady, number_at
 from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Slot
+from lora_diffusion.packing import unrecorded
 
 
 @dataclass(slots=True)
@@ -52,8 +54,9 @@ class Dial:
         self._active: list[float] = [math.inf]  # how many rows of each entry do
         self._place = torch.zeros(0, dtype=torch.long)  # of each row among those of its entry
         self._gains = torch.zeros(0)
+        self._shared: list[tuple[Mapping[str, Tensor | None], Tensor]] = []  # slots' buffers, their part of the gains
         self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        self._hooks: tuple[RemovableHandle, ...] = ()
+        self.hooks: tuple[RemovableHandle, ...] = ()
         self._listening = (False, False)
         self._still = True  # every level is a number and they add up: nothing changes from call to call
         self.composition = Composition()
@@ -108,25 +111,26 @@ class Dial:
         """The same slots and ranks, other adapters: names, scales and levels anew. False where more has changed."""
         if not self._still:
             return False
-        self._order, self._by_name = list(weights), {}
-        there = (entry for slot in self.slots.values() for entry in slot.entries)
+        self._order, self._by_name = list(weights), {name: [] for name in weights}
+        there = chain.from_iterable(slot.entries for slot in self.slots.values())
         for number, (entry, (name, _, scale)) in enumerate(zip(self.entries, there, strict=True)):
             entry.name, entry.scale = name, scale
-            self._by_name.setdefault(name, []).append(number)
+            self._by_name[name].append(number)
         self._scales = torch.tensor([*(entry.scale for entry in self.entries), 0.0])[self._owner]
         self.turn(weights)
         return True
 
     def turn(self, weights: Mapping[str, Resolved]) -> None:
         """Set the levels of these adapters; the others keep theirs."""
-        plain = all(isinstance(one.everywhere, float) and not one.sites for one in weights.values())
+        plain = {n: one.everywhere for n, one in weights.items() if isinstance(one.everywhere, float) and not one.sites}
         for name, resolved in weights.items():
             for number in self._by_name.get(name, ()):
                 entry = self.entries[number]
-                entry.level = resolved.at(self.component, entry.layer)
-                if plain and self._still:
-                    self._numbers[number] = number_at(entry.level, 0.0)
-        if plain and self._still:
+                entry.level = resolved.at(self.component, entry.layer) if resolved.sites else resolved.everywhere
+        if len(plain) == len(weights) and self._still:
+            for name, level in plain.items():
+                for number in self._by_name.get(name, ()):
+                    self._numbers[number] = level
             self.write()
             return
         composed = self.composition.mode != "sum"
@@ -139,6 +143,7 @@ class Dial:
         self._scheduled = [i for i, entry in enumerate(self.entries) if callable(entry.level)]
         for layer, slot in self.slots.items():
             slot.live = self._builder(layer) if self._is_live(layer) else None
+            slot.by_image = not any(has_places(self.entries[i].level) for i in self._by_layer[layer])
         self.write()
         changing = len(self._taking_part) > 1 or any(not isinstance(e.level, float) or e.fading for e in self.entries)
         repeating = self.composition.times(self._taking_part) > 1
@@ -157,12 +162,14 @@ class Dial:
         with torch.inference_mode(mode=False):  # it is written to outside of one as well
             self._gains = torch.zeros(len(self._owner), device=device)
             gates = self._gains.split([slot.rows for slot in self.slots.values()])
-        for (layer, slot), gate in zip(self.slots.items(), gates, strict=True):
-            slot.share(gate, self._numbers, self._by_layer[layer].start)
+        self._shared = [
+            (slot.share(gate, self._numbers, self._by_layer[layer].start), gate)
+            for (layer, slot), gate in zip(self.slots.items(), gates, strict=True)
+        ]
 
     def write(self) -> None:
         """All gates at once, in place: no graph sees a new tensor."""
-        if not all(slot.shares(self._gains) for slot in self.slots.values()):
+        if not all(buffers["gate"] is gate for buffers, gate in self._shared):
             self._share()  # the model was moved or cast in between
         gains = torch.tensor(self._numbers)[self._owner] * self._scales
         if self._fading:
@@ -179,7 +186,7 @@ class Dial:
         """Hook the denoiser where something changes with its calls, and their outcome where it is a mean."""
         if (before, after) == self._listening:
             return
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
         hooks: list[RemovableHandle] = []
         if before:
@@ -188,7 +195,7 @@ class Dial:
         if after:
             heard: Any = torch.compiler.disable(self.after)
             hooks.append(self.host.register_forward_hook(heard))
-        self._hooks, self._listening, self.call = tuple(hooks), (before, after), Call()
+        self.hooks, self._listening, self.call = tuple(hooks), (before, after), Call()
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook of the denoiser: what changes with the step gets its number for this call."""
@@ -219,8 +226,19 @@ class Dial:
     def _builder(self, layer: str) -> Callable[[int, Sequence[int]], Tensor]:
         numbers, slot = self._by_layer[layer], self.slots[layer]
         entries = [self.entries[i] for i in numbers]
+        steady = self.composition.mode == "sum" and all(is_steady(e.level) and not e.fading for e in entries)
+        known: dict[int, Tensor] = {}  # by the size of the batch, where nothing else changes it
 
         def build(batch: int, shape: Sequence[int]) -> Tensor:
+            if batch in known:
+                return known[batch]
+            with unrecorded():
+                gate = build_anew(batch, shape)
+            if steady:
+                known[batch] = gate
+            return gate
+
+        def build_anew(batch: int, shape: Sequence[int]) -> Tensor:
             gates = [self._gate(entry, batch, shape) for entry in entries]
             size = torch.broadcast_shapes(*(gate.shape for gate in gates))
             columns = [gate.expand(*size[:2], entry.rank) for gate, entry in zip(gates, entries, strict=True)]

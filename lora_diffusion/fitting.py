@@ -13,6 +13,7 @@ from torch import nn
 from lora_diffusion.adapter import Adapter, LayerAdapter, not_finite
 from lora_diffusion.attachment import fault_of
 from lora_diffusion.errors import AdapterMismatchError, some
+from lora_diffusion.families.homes import homes
 from lora_diffusion.families.naming import Resolution, resolve
 from lora_diffusion.layers import submodule
 
@@ -60,18 +61,32 @@ def fit(adapter: Adapter, models: Mapping[str, nn.Module], *, finite: bool = Fal
     a place on all of them or on none.
     """
     found = Fit()
-    for component, layers in adapter.layers.items():
-        model = models.get(component)
-        if model is None:
-            found.unmatched |= {f"{component}.{name}": f"the pipeline has no {component}" for name in layers}
+    for component, (home, resolution) in _resolved(adapter, models).items():
+        if resolution is None:
+            why = f"the pipeline has no {component}"
+            found.unmatched |= {f"{component}.{name}": why for name in adapter.layers[component]}
             continue
-        resolution = resolve(layers, model, strict=False)
+        model = models[home]
         why = f"no layer of {type(model).__name__} is called like that"
         found.unmatched |= {f"{component}.{name}": why for name in resolution.unmatched}
         faults = resolution.faults | _faults(resolution, model, finite)
         found.faults |= {f"{component}.{name}": fault for name, fault in faults.items()}
         placed = {t: layer for t, layer in resolution.layers.items() if resolution.origins[t] not in faults}
-        found.layers |= {(component, target): layer for target, layer in placed.items()}
+        found.layers |= {(home, target): layer for target, layer in placed.items()}
+    return found
+
+
+def _resolved(adapter: Adapter, models: Mapping[str, nn.Module]) -> dict[str, tuple[str, Resolution | None]]:
+    """Component -> component of the pipeline, and the layers there; None where the pipeline has no such component."""
+    found: dict[str, tuple[str, Resolution | None]] = {}
+    for component, layers in adapter.layers.items():
+        model = models.get(component)
+        found[component] = (component, None if model is None else resolve(layers, model, strict=False))
+    strays = {c: adapter.layers[c] for c, (_, there) in found.items() if there is None or not there.origins}
+    free = {name: model for name, model in models.items() if name not in found or name in strays}
+    for component, home in homes(strays, free).items() if strays else ():
+        if home != component:
+            found[component] = (home, resolve(strays[component], models[home], strict=False))
     return found
 
 

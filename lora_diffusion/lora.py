@@ -24,7 +24,6 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,14 +33,14 @@ from torch.utils.hooks import RemovableHandle
 from lora_diffusion.branches import Branch, add_branches
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
-from lora_diffusion.packing import Block, repacked, unrecorded
+from lora_diffusion.packing import Block, Memory, memory, repacked, unrecorded
 from lora_diffusion.pairs import Pair
-from lora_diffusion.products import LowRank, add_convolution, add_linear, over_pixels
+from lora_diffusion.products import LowRank, add_convolution, add_linear, merged_by_image, over_pixels
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
 _PLAIN = frozenset(
-    "asleep convolution entries first hooks kept live numbers packed pairs reserve rows views".split()  # noqa: SIM905
+    "asleep by_image convolution entries first hooks kept live numbers packed pairs reserve rows views".split()  # noqa: SIM905
 )
 
 
@@ -58,8 +57,9 @@ class Slot(nn.Module):
     dropping: Dropping | None = None  # random gates, while training
     hooks: tuple[RemovableHandle, ...] = ()
     live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
+    by_image = False  # the live gate has no places: it is (1 or batch, 1, R)
     packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
-    views: Sequence[tuple[Tensor, ...]] = ()  # the rows of each of them, once they were exchanged
+    views: Sequence[tuple[Memory, Memory]] = ()  # the rows of each of them, once they were exchanged
     asleep = False  # fused into the weight: the layer is left alone, whatever the weights
     numbers: Sequence[float] = ()  # weights by entry; a dial's slots share one list, theirs from `first` on
     first = 0
@@ -121,27 +121,19 @@ class Slot(nn.Module):
         self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
         self.rows = rows + len(branches)
 
-    def exchange(self, pairs: Sequence[Pair], writes: list[tuple[Tensor, Tensor]]) -> bool:
-        """Hold these pairs where others of the same ranks are; False where it has to be packed instead.
-
-        Shapes, places and memory stay: (rows, what to write there) is added to `writes`, so that all layers of a model
-        are written by one copy. The gate is to be set anew.
-        """
-        if [pair.rank for pair in pairs] != [rank for _, rank in self.packed] or len(self.entries) != len(pairs):
-            return False
+    def split(self) -> Sequence[tuple[Memory, Memory]]:
+        """The rows of each packed adapter in `down` and in `up`, to be written over."""
         if not self.views:
-            ends = [*accumulate(rank for _, rank in self.packed)]
+            ranks = [rank for _, rank in self.packed]
             with torch.inference_mode(mode=False):  # they are written to outside of one as well
-                held = (self.down.data, self.up.data)
-                self.views = [
-                    tuple(rows[end - pair.rank : end] for rows in held) for pair, end in zip(pairs, ends, strict=True)
-                ]
-        for pair, (token, _), (down, up) in zip(pairs, self.packed, self.views, strict=True):
-            if pair.token is not token:
-                writes += ((down, pair.rows("down", down.dtype).view_as(down)), (up, pair.rows("up", up.dtype)))
-        self.packed = tuple([pair.block for pair in pairs])
-        self.entries = self.pairs = tuple([pair.entry for pair in pairs])
-        return True
+                parts = [map(memory, rows.data[: sum(ranks)].split(ranks)) for rows in (self.down, self.up)]
+            self.views = tuple(zip(*parts, strict=True))
+        return self.views
+
+    def exchanged(self, packed: tuple[Block, ...], pairs: tuple[tuple[str, int, float], ...]) -> None:
+        """Note that others of the same ranks were written over the packed ones."""
+        held = vars(self)  # past `__setattr__`: there are many slots
+        held["packed"], held["entries"], held["pairs"] = packed, pairs, pairs
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -153,14 +145,13 @@ class Slot(nn.Module):
         """Whether the layer is left alone, bit for bit."""
         return self.asleep or not any(self.weights)
 
-    def share(self, gate: Tensor, numbers: Sequence[float], first: int) -> None:
-        """Take a gate that lies in a larger buffer, and weights in a longer list, as a dial has them for all slots."""
-        self._buffers["gate"], self.numbers, self.first = gate, numbers, first
+    def share(self, gate: Tensor, numbers: Sequence[float], first: int) -> Mapping[str, Tensor | None]:
+        """Take a gate that lies in a larger buffer, and weights in a longer list, as a dial has them for all slots.
 
-    def shares(self, gates: Tensor) -> bool:
-        """Whether the gate lies in this buffer; not after the model was moved or cast."""
-        gate = self._buffers["gate"]
-        return gate is not None and gate._base is gates
+        Returns the buffers, whose "gate" is another tensor once the model was moved or cast.
+        """
+        self._buffers["gate"], self.numbers, self.first = gate, numbers, first
+        return self._buffers
 
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Set the gate from one number an adapter (1 where none is given)."""
@@ -191,9 +182,11 @@ class Slot(nn.Module):
         """Pre-hook: where merging pays, let the merged weight stand in for the frozen one during this call."""
         if torch.compiler.is_compiling():
             return  # and no guard on what changes with the weights
-        if not self.idle and self.live is None and self._merging_pays(layer, _input(args, kwargs)):
-            self.kept.append(frozen_weight(layer))
-            layer._parameters["weight"] = self.merged(self.kept[-1])  # type: ignore[assignment]
+        if not self.idle and self._merging_pays(layer, x := _input(args, kwargs)):
+            gate = None if self.live is None else self.live(len(x), x.shape[1:-1]).expand(len(x), -1, -1)
+            self.kept.append(weight := frozen_weight(layer))
+            merged = self.merged(weight) if gate is None else merged_by_image(weight, self.down, self.up, gate)
+            layer._parameters["weight"] = merged  # type: ignore[assignment]
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Hook, called even when the layer raised: put the frozen weight back, or add the branch."""
@@ -265,6 +258,8 @@ class Slot(nn.Module):
             return False  # float16 matrix products are slow there
         out, width = weight.shape[0], weight[0].numel()
         how = self.convolution
+        if self.live is not None:  # by image, of linear layers alone; by place no weight can be merged
+            return self.by_image and how is None and x.dim() == 3 and x.shape[1] * (width + out) > width * out
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
         return tokens * (width + out) > width * out
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Block = tuple[object, int]  # whose rows (by identity), how many
@@ -79,11 +80,32 @@ def repacked(
     return packed
 
 
-def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """(rows, what goes there) for many layers, as one operation."""
-    if writes:
-        rows, sources = [rows for rows, _ in writes], [source for _, source in writes]
-        torch._foreach_copy_(rows, sources)  # pyright: ignore[reportPrivateUsage], torch's optimisers are made of it
+Memory = Tensor | NDArray[numpy.uint8]
+
+
+def memory(tensor: Tensor) -> Memory:
+    """What `write_all` writes to or reads from: a contiguous tensor, or its bytes where those are the host's.
+
+    numpy copies bytes in about 0.6 of the time that torch takes for numbers.
+    """
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        return tensor
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+def write_all(writes: Sequence[tuple[Sequence[Memory], Sequence[Memory]]]) -> None:
+    """(rows, what goes there) for many layers, each of them in many parts, as one operation a device."""
+    to, source = list[Tensor](), list[Tensor]()
+    for pairs in writes:
+        for rows, new in zip(*pairs, strict=True):
+            if isinstance(rows, Tensor):
+                assert isinstance(new, Tensor)
+                to.append(rows)
+                source.append(new)
+            else:
+                numpy.copyto(rows, new)
+    if to:
+        torch._foreach_copy_(to, source)  # pyright: ignore[reportPrivateUsage], torch's optimisers are made of it
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,17 +56,52 @@ def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -
 
     Where a gate by image, (batch, 1, R), is 0 for most rows of every image, each image meets its own rows alone.
     """
-    own = _acting(gate[:, 0]) if gate.dim() == 3 == x.dim() and gate.shape[:2] == (len(x), 1) else None
+    by_image = gate.dim() == 3 == x.dim() and gate.shape[:2] == (len(x), 1)
+    own = _own_rows(down, up, gate) if by_image else None
     if own is not None:
-        gate, own = gate.gather(2, own[:, None]), own.to(x.device)
-        down, up = down[own].transpose(1, 2), up[own]
-    hidden = gated(F.linear(x, down) if own is None else x @ down, gate.to(x.device))
+        down, up, gate = own
+    hidden = gated(F.linear(x, down) if own is None else x @ down.transpose(1, 2), gate.to(x.device))
     if out.dtype != hidden.dtype or not out.is_contiguous() or out.requires_grad:
         return out + (hidden @ up).to(out.dtype)
     if own is not None:
         return out.baddbmm_(hidden, up)
     out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up)
     return out
+
+
+class WeightByImage(Tensor):
+    """Weights (batch, out, in) in the place of one (out, in): `F.linear` gives every image of x (batch, tokens, in)
+    its own."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            return _linear_by_image(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _linear_by_image(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = torch.bmm(input, weight.as_subclass(Tensor).transpose(1, 2))
+    return out if bias is None else out.add_(bias)
+
+
+def merged_by_image(weight: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> WeightByImage:
+    """weight + upᵀ diag(gate) down for every image, gate (batch, 1, R): rounded once, in the weight's dtype."""
+    own = _own_rows(down, up, gate)
+    down, up, gate = (down, up, gate) if own is None else own
+    columns = (up.mT * gate.to(up.device)).to(weight.dtype)
+    rows = down.to(weight.dtype).expand(len(gate), *down.shape[-2:])
+    return torch.baddbmm(weight.expand(len(gate), *weight.shape), columns, rows).as_subclass(WeightByImage)
+
+
+def _own_rows(down: Tensor, up: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The rows that act on each image alone, (batch, k, …), with their gate; None where most rows do."""
+    if (own := _acting(gate[:, 0])) is None:
+        return None
+    here = own.to(down.device)
+    return down[here], up[here], gate.gather(2, own[:, None])
 
 
 def _acting(gate: Tensor) -> Tensor | None:

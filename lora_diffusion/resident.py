@@ -19,14 +19,19 @@ from lora_diffusion.pairs import Pair
 Plan = TypeVar("Plan")
 
 
-@dataclass
+@dataclass(eq=False)
 class Met(Generic[Plan]):
     """An adapter and what was planned for it."""
 
     adapter: Adapter  # held, so that its identity stays its own
-    stamp: tuple[int, ...]
+    stamp: tuple[object, ...]
     plan: Plan
     pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)  # component, layer -> as slots take them
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of its layers' tensors."""
+        return sum(tensor.nbytes for *_, layer in self.adapter for tensor in layer.tensors.values())
 
     @cached_property
     def key(self) -> str:
@@ -38,10 +43,11 @@ class Residents(Generic[Plan]):
     """Known files and adapters, in the host's memory.
 
     `make` plans an adapter's place, or raises; it is told whether the values were checked when the file was read.
+    Beyond `limit` bytes of tensors, those that were met longest ago are forgotten; to be met again they are read again.
     """
 
-    def __init__(self, make: Callable[[Adapter, bool], Plan]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[Adapter, bool], Plan], limit: int = 8 * 2**30) -> None:
+        self._make, self.limit = make, limit
         self._files: dict[tuple[Path, int, int, bool], Adapter] = {}
         self._met: dict[int, Met[Plan]] = {}
 
@@ -61,16 +67,31 @@ class Residents(Generic[Plan]):
     def meet(self, adapter: Adapter) -> Met[Plan]:
         """An adapter with its plan; what `make` raises for one that does not fit."""
         stamp = _stamp(adapter)
-        met = self._met.get(id(adapter))
+        met = self._met.pop(id(adapter), None)
         if met is None or met.stamp != stamp:
             fresh = met is None and any(adapter is read for read in self._files.values())
-            met = self._met[id(adapter)] = Met(adapter, stamp, self._make(adapter, fresh))
+            try:
+                met = Met(adapter, stamp, self._make(adapter, fresh))
+            except BaseException:
+                self._forget_files(adapter)
+                raise
+        self._met[id(adapter)] = met  # last: they lie in the order they were met
+        while len(self._met) > 1 and sum(met.bytes for met in self._met.values()) > self.limit:
+            self._forget_files(self._met.pop(next(iter(self._met))).adapter)
         return met
 
+    def _forget_files(self, adapter: Adapter) -> None:
+        self._files = {facts: read for facts, read in self._files.items() if read is not adapter}
 
-def _stamp(adapter: Adapter) -> tuple[int, ...]:
+
+def _stamp(adapter: Adapter) -> tuple[object, ...]:
     """Changes when a layer is exchanged or a tensor is written to in place; those of inference mode do not say that."""
-    tensors = [tensor for *_, layer in adapter for tensor in layer.tensors.values()]
+    layers = [layer for *_, layer in adapter]
+    tensors = [tensor for layer in layers for tensor in layer.tensors.values()]
     tensors += [vectors for by_component in adapter.embeddings.values() for vectors in by_component.values()]
-    alphas = [hash((component, name, layer.alpha)) for component, name, layer in adapter]
-    return (*map(id, tensors), *(0 if tensor.is_inference() else tensor._version for tensor in tensors), *alphas)
+    try:
+        versions = [tensor._version for tensor in tensors]
+    except RuntimeError:
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    names = [name for of in (adapter.layers, *adapter.layers.values()) for name in of]
+    return (*map(id, tensors), *versions, *names, *[layer.alpha for layer in layers])

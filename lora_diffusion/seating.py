@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from lora_diffusion.banks import Bank, Writes
 from lora_diffusion.composing import Composition
 from lora_diffusion.dial import Dial
 from lora_diffusion.errors import TargetError, some
@@ -23,6 +25,7 @@ class Seating:
     def __init__(self, components: Mapping[str, nn.Module], dials: Mapping[str, Dial]) -> None:
         self.components, self.dials = components, dials
         self.reserved: dict[Site, int] = {}  # rows to hold at least
+        self._banks: list[Bank] = []
 
     def check(self, sites: Collection[Site]) -> None:
         """TargetError where somebody else's adapters are on one of these layers."""
@@ -47,20 +50,21 @@ class Seating:
     def seat(self, sites: Collection[Site], stacked: Sequence[Stacked], composition: Composition) -> None:
         """Put on these layers what belongs there of all adapters, given in the order they were added."""
         ordered = sorted(stacked, key=lambda one: (one.met.key, one.name)) if len(stacked) > 1 else stacked
-        there, writes, stayed = [(one, one.layers) for one in ordered], list[tuple[Tensor, Tensor]](), True
-        slots = {component: dict(self.dials[component].slots) for component, _ in sites}
+        slots = {component: dict(self.dials[component].slots) for component in {component for component, _ in sites}}
+        stayed, writes = True, Writes()
         with unrecorded():
-            for site in sites:
-                component, name = site
-                here = [one for one, layers in there if site in layers]
-                if (slot := slots[component].get(name)) is not None and self._exchanged(slot, site, here, writes):
+            for here, of in _by_adapters(sites, ordered):
+                if self._exchanged({site: slots[site[0]].get(site[1]) for site in of}, here, writes):
                     continue
-                layer, stayed = submodule(self.components[component], name), False
-                slot = settled(layer, [one.part(site, layer) for one in here], self.reserved.get(site, 0))
-                if slot is not None:
-                    slots[component][name] = slot
-                else:
-                    slots[component].pop(name, None)
+                self._banks, stayed = [], False  # they would keep what goes
+                for site in of:
+                    component, name = site
+                    layer = submodule(self.components[component], name)
+                    slot = settled(layer, [one.part(site, layer) for one in here], self.reserved.get(site, 0))
+                    if slot is not None:
+                        slots[component][name] = slot
+                    else:
+                        slots[component].pop(name, None)
             write_all(writes)
         for component, of in slots.items():
             self.bind(component, of, stacked, composition, stayed=stayed)
@@ -84,10 +88,35 @@ class Seating:
             return
         dial.bind(slots, weights, composition, balance(stacked, layers, component), fadings)
 
-    def _exchanged(
-        self, slot: Slot, site: Site, stacked: Sequence[Stacked], writes: list[tuple[Tensor, Tensor]]
-    ) -> bool:
-        if not stacked or slot.reserve != self.reserved.get(site, 0) or "_hf_hook" in vars(slot):
+    def _exchanged(self, slots: Mapping[Site, Slot | None], here: Sequence[Stacked], writes: Writes) -> bool:
+        there = {site: slot for site, slot in slots.items() if slot is not None}
+        if len(there) < len(slots) or any("_hf_hook" in vars(slot) for slot in there.values()):
             return False
-        pairs = [pair for one in stacked if (pair := one.known(site)) is not None]
-        return len(pairs) == len(stacked) and slot.exchange(pairs, writes)
+        if any(slot.reserve != self.reserved.get(site, 0) for site, slot in there.items()):
+            return False
+        bank = next((bank for bank in self._banks if bank.holds(there)), None)
+        if bank is None and (bank := Bank.of(there, len(here))) is not None:
+            self._banks.append(bank)
+        return bank is not None and bank.exchange(here, writes)
+
+
+def _by_adapters(sites: Collection[Site], stacked: Sequence[Stacked]) -> Iterable[tuple[list[Stacked], list[Site]]]:
+    """Sites by the adapters that are to be there, each as (those adapters, the sites)."""
+    layers, found = [(number, one.layers) for number, one in enumerate(stacked)], dict[tuple[int, ...], list[Site]]()
+    for site in sites:
+        found.setdefault(tuple([number for number, there in layers if site in there]), []).append(site)
+    return [([stacked[number] for number in here], of) for here, of in found.items()]
+
+
+def hosts_of(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline by component name. TargetError for what is none."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TargetError(f"{type(pipe).__name__} is no Diffusers pipeline: it has no components")
+    return {name: model for name, model in components.items() if isinstance(model, nn.Module)}
+
+
+def inner(host: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returned."""
+    model = getattr(host, "_orig_mod", host)
+    return model if isinstance(model, nn.Module) else host

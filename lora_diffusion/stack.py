@@ -9,8 +9,10 @@ with AdapterStack(pipe) as stack:
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,34 +23,39 @@ from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
 from lora_diffusion.clock import Clock
 from lora_diffusion.composing import Composition
 from lora_diffusion.dial import Dial
-from lora_diffusion.errors import ConfigError, TargetError, did_you_mean
+from lora_diffusion.errors import ConfigError, TargetError, did_you_mean, some
 from lora_diffusion.fitting import Fit, Site, fit
 from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import is_adaptable, submodule
+from lora_diffusion.leaving import leave, take_off_left
 from lora_diffusion.lora import Slot
 from lora_diffusion.resident import Residents
-from lora_diffusion.seating import Seating
+from lora_diffusion.seating import Seating, hosts_of, inner
 from lora_diffusion.stacked import Stacked
 from lora_diffusion.targets import Targets
 from lora_diffusion.tokens import Vocabulary
 
 
 class AdapterStack:
-    """Adapters on one pipeline. Iterating gives their names in the order they were added."""
+    """Adapters on one pipeline. Iterating gives their names in the order they were added.
+
+    They act on where nobody holds the stack any more, until the pipeline's next one takes them off and says so.
+    """
 
     def __init__(self, pipe: Any) -> None:
-        hosts = {n: c for n, c in _components(pipe).items() if isinstance(c, nn.Module)}
-        self.components = {name: _inner(host) for name, host in hosts.items()}
+        hosts = hosts_of(pipe)
+        self.components = {name: inner(host) for name, host in hosts.items()}
         clock = Clock(pipe)
         self._dials = {n: Dial(n, host, clock if n in DENOISERS else None) for n, host in hosts.items()}
         self._stacked: dict[str, Stacked] = {}
         self._seating = Seating(self.components, self._dials)
         self._vocabulary = Vocabulary(pipe)
-        self.residents: Residents[Fit] = Residents(self._plan)
+        self.residents: Residents[Fit] = Residents(partial(_plan, self.components))
         self._fusion: Fusion | None = None
         self.composition = Composition()
+        self._begin()
 
     def reserve(self, rank: int, targets: Targets = "all-linear", *, component: str = "denoiser") -> None:
         """Put empty slots of at least `rank` rows on the target layers, once, before `torch.compile`.
@@ -56,7 +63,7 @@ class AdapterStack:
         Weights then change, and adapters come and go within the reserve, without a recompilation. `clear` keeps
         the reserve; `release` gives it up. TargetError for an unknown component or target, norms and attentions.
         """
-        self._refuse_if_fused()
+        self._begin()
         given: Any = rank
         if not isinstance(given, int) or rank < 1:
             raise ConfigError(f"reserve: rank is {rank!r}; expected a number of rows, at least 1")
@@ -67,7 +74,7 @@ class AdapterStack:
 
     def release(self) -> None:
         """Give the reserve up; layers without an adapter are as they were."""
-        self._refuse_if_fused()
+        self._begin()
         sites, self._seating.reserved = self._seating.reserved, {}
         self._seat(sites)
 
@@ -108,13 +115,14 @@ class AdapterStack:
 
     def remove(self, name: str) -> None:
         """Take one adapter off; layers it alone sat on are as they were."""
-        self._refuse_if_fused()
+        self._begin()
         gone = self._stacked[self._known(name)]
         self._become([one for one in self._stacked.values() if one is not gone], gone.layers, gone.adapter.embeddings)
 
     def clear(self) -> None:
         """Take everything off; the pipeline is bit-identical to what it was."""
         self.unfuse()
+        self._begin()
         self._empty()
         self._vocabulary.set([])
 
@@ -124,7 +132,7 @@ class AdapterStack:
 
     def weigh_all(self, weights: Mapping[str, Weight]) -> None:
         """Turn several adapters at once (name -> weight), or none of them."""
-        self._refuse_if_fused()
+        self._begin()
         resolved = {name: self._resolve(w, self._known(name)) for name, w in weights.items()}
         for name, weight in weights.items():
             self._stacked[name].weight, self._stacked[name].resolved = weight, resolved[name]
@@ -137,7 +145,7 @@ class AdapterStack:
         `balance` brings all adapters of a layer to one Frobenius norm first; weights then act on equal terms. Costs
         and formulas are in `composing.py`. It holds for adapters that come later too. ConfigError for another mode.
         """
-        self._refuse_if_fused()
+        self._begin()
         self.composition = Composition(mode, every, balance)
         for component, dial in self._dials.items():
             self._seating.bind(component, dial.slots, list(self._stacked.values()), self.composition)
@@ -147,7 +155,7 @@ class AdapterStack:
 
         ConfigError for weights by step, image or place, and for 4- and 8-bit layers, which would lose most of it.
         """
-        self._refuse_if_fused()
+        self._begin()
         if self.composition.mode != "sum":
             raise ConfigError(f"fuse: the stack composes by {self.composition.mode}, step by step; fusing is a sum")
         if any(not isinstance(e.level, float) or e.fading for dial in self._dials.values() for e in dial.entries):
@@ -182,8 +190,8 @@ class AdapterStack:
 
     def shares(self, component: str, layer: str) -> dict[str, LayerAdapter]:
         """adapter -> its share of one layer."""
-        found = ((name, stacked.layers.get((component, layer))) for name, stacked in self._stacked.items())
-        return {name: share for name, share in found if share is not None}
+        there = ((name, stacked.layers.get((component, layer))) for name, stacked in self._stacked.items())
+        return {name: share for name, share in there if share is not None}
 
     def content_hash(self, name: str) -> str:
         """The content hash of an adapter on the stack, taken when it is first needed."""
@@ -217,6 +225,10 @@ class AdapterStack:
         self.clear()
         self.release()
 
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and "composition" in vars(self):
+            leave(self.components, self._dials, list(self), self._vocabulary.kept, self._fusion)
+
     def __repr__(self) -> str:
         rows = [f"  {s.name!r} at {s.weight}: {len(s.layers)} layers" for s in self._stacked.values()]
         mode = "" if self.composition == Composition() else f", {self.composition}"
@@ -232,22 +244,18 @@ class AdapterStack:
         self, adapter: Adapter | str | Path, weight: Weight, name: str | None, strict: bool, others: list[Stacked]
     ) -> Stacked:
         """An adapter that can come beside the others; nothing is changed."""
-        self._refuse_if_fused()
+        self._begin()
         adapter = self.residents.read(adapter, strict=strict)
         name = adapter.name if name is None else name
         if any(stacked.name == name for stacked in others):
             raise TargetError(f"an adapter {name!r} is on already; give the second one another name=")
-        resolved, met = self._resolve(weight, name), self.residents.meet(adapter)
+        met, resolved = self.residents.meet(adapter), self._resolve(weight, name)
         found = met.plan
         found.check(adapter, self.components) if strict else found.check_any(adapter)
         self._seating.check(found.layers)
         self._vocabulary.check(adapter.embeddings, (s.adapter.embeddings for s in others), name)
         left_out = {} if strict else adapter.unused | found.unplaced
         return Stacked(name, adapter, weight, resolved, met, left_out, fading=fading_of(adapter.metadata, name))
-
-    def _plan(self, adapter: Adapter, finite: bool) -> Fit:
-        adapter.check_content()
-        return fit(adapter, self.components, finite=finite)
 
     @cached_property
     def _layers(self) -> dict[str, list[str]]:
@@ -263,7 +271,7 @@ class AdapterStack:
             self._vocabulary.set(stacked.adapter.embeddings for stacked in self._stacked.values())
 
     def _resolve(self, weight: Weight, name: str) -> Resolved:
-        by_name = isinstance(weight, Mapping | list | tuple)  # only then do the layers' names matter
+        by_name = not isinstance(weight, float | int | str)  # only then do the layers' names matter
         return resolve_weight(weight, self._layers if by_name else {}, name)
 
     def _empty(self) -> None:
@@ -279,19 +287,14 @@ class AdapterStack:
             self._seat(sites, tokens)
             raise
 
-    def _refuse_if_fused(self) -> None:
+    def _begin(self) -> None:
+        """Before any change: ConfigError while fused; what a stack that is gone left is taken off."""
         if self._fusion is not None:
             raise ConfigError("the stack is fused into the weights; call unfuse() first")
+        if left := take_off_left(self.components, self._vocabulary):
+            warnings.warn(f"{some(left)} of an AdapterStack that is gone taken off; hold it to keep them", stacklevel=3)
 
 
-def _components(pipe: Any) -> dict[str, Any]:
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise TargetError(f"{type(pipe).__name__} is no Diffusers pipeline: it has no components")
-    return components
-
-
-def _inner(host: nn.Module) -> nn.Module:
-    """The model inside what `torch.compile` returned."""
-    inner = getattr(host, "_orig_mod", host)
-    return inner if isinstance(inner, nn.Module) else host
+def _plan(components: Mapping[str, nn.Module], adapter: Adapter, finite: bool) -> Fit:
+    adapter.check_content()
+    return fit(adapter, components, finite=finite)

@@ -24,7 +24,7 @@ class Vocabulary:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._kept: dict[str, tuple[Any, Any]] = {}  # component -> tokenizer, embedding weight
+        self.kept: dict[str, tuple[Any, Any]] = {}  # component -> tokenizer, embedding weight
 
     def check(self, embeddings: Embeddings, others: Iterable[Embeddings], adapter: str) -> None:
         """AdapterMismatchError where a token has no text encoder, another width, or is known already."""
@@ -33,7 +33,7 @@ class Vocabulary:
             spelled = _all_spelled(token, vectors)
             for component, rows in vectors.items():
                 encoder = getattr(self.pipe, component, None)
-                tokenizer = self._kept[component][0] if component in self._kept else self._tokenizer(component)
+                tokenizer = self.kept[component][0] if component in self.kept else self._tokenizer(component)
                 if not isinstance(encoder, nn.Module) or tokenizer is None:
                     raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r}: there is no {component}")
                 width = _table(encoder).weight.shape[1]
@@ -49,7 +49,8 @@ class Vocabulary:
 
     def set(self, all_embeddings: Iterable[Embeddings]) -> None:
         """Have exactly these tokens beside the pipeline's own."""
-        self._restore()
+        self.restore(self.kept)
+        self.kept = {}
         wanted: dict[str, dict[str, Tensor]] = {}
         for embeddings in all_embeddings:
             for token, vectors in embeddings.items():
@@ -60,7 +61,7 @@ class Vocabulary:
 
     def _extend(self, component: str, tokens: Mapping[str, Tensor]) -> None:
         tokenizer, table = self._tokenizer(component), _table(getattr(self.pipe, component))
-        self._kept[component] = (tokenizer, table.weight)
+        self.kept[component] = (tokenizer, table.weight)
         longer = copy.deepcopy(tokenizer)
         names = [name for token, rows in tokens.items() for name in _spelled(token, len(rows))]
         longer.add_tokens(names)
@@ -73,14 +74,14 @@ class Vocabulary:
         _resize(getattr(self.pipe, component), weight)
         setattr(self.pipe, _tokenizer_name(component), longer)
 
-    def _restore(self) -> None:
-        for component, (tokenizer, weight) in self._kept.items():
+    def restore(self, kept: Mapping[str, tuple[Any, Any]]) -> None:
+        """Bring tokenizers and embedding weights (by component) back."""
+        for component, (tokenizer, weight) in kept.items():
             table = _table(getattr(self.pipe, component))
             weight.data = weight.data.to(table.weight)  # it may have been moved or cast in between
             table.weight = weight
             _resize(getattr(self.pipe, component), weight)
             setattr(self.pipe, _tokenizer_name(component), tokenizer)
-        self._kept = {}
 
     def _tokenizer(self, component: str) -> Any:
         return getattr(self.pipe, _tokenizer_name(component), None)

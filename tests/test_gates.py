@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_diffusion import Adapter, AdapterStack
+from lora_diffusion.dial import Dial
 from lora_diffusion.errors import ConfigError, TargetError
 from lora_diffusion.gates import (
     Call,
     Keyframes,
     Region,
+    Resolved,
     Window,
     linear,
     parse_schedule,
@@ -34,8 +36,10 @@ from lora_diffusion.gates import (
     spell_weight,
 )
 from lora_diffusion.gates.blocks import blocks_of, layers_of
+from lora_diffusion.lora import Slot, place
 from lora_diffusion.methods.lora import LoRA
-from lora_diffusion.products import add_linear
+from lora_diffusion.pairs import Pair
+from lora_diffusion.products import WeightByImage, add_linear
 from lora_diffusion.targets import find_targets
 from tests import tiny
 
@@ -213,6 +217,39 @@ def test_images_that_meet_their_own_rows_alone_get_the_same_sum(acting: int) -> 
     assert torch.equal(add_linear(x, out.clone(), down, up, torch.zeros(3, 1, 8)), out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 400])
+@pytest.mark.parametrize("mixes", [((1.0, 0.0), (0.0, 0.7)), ((0.5, 0.3), (0.2, -1.0)), ((0.0, 0.0), (1.0, 0.0))])
+def test_images_with_their_own_mixes_are_each_as_if_alone(mixes: Any, tokens: int, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(tokens)
+    layer = torch.nn.Linear(24, 32).to(dtype)
+    frozen = layer.weight
+    slot = Slot(layer, [Pair(n, torch.randn(4, 24) / 5, torch.randn(32, 4) / 5, 0.5) for n in "ab"])
+    close = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    place(layer, slot)
+    x, dial = torch.randn(4, tokens, 24, generator=random).to(dtype), Dial("unet", layer, None)
+    with torch.inference_mode():
+        dial.bind({"layer": slot}, {name: Resolved(tuple(m[i] for m in mixes)) for i, name in enumerate("ab")})
+        merging, outs = list[type](), [layer(x), layer(x)]
+        hook = layer.register_forward_pre_hook(lambda one, given: merging.append(type(one.weight)))
+        layer(x)
+        hook.remove()
+        assert (merging == [WeightByImage]) is (tokens * (24 + 32) > 24 * 32)
+        for image in range(4):  # the mixes serve the batch twice, as classifier-free guidance has it
+            dial.turn({name: Resolved(mixes[image % 2][i]) for i, name in enumerate("ab")})
+            alone = layer(x[image : image + 1])
+            for out in outs:
+                torch.testing.assert_close(out[image : image + 1], alone, **close)
+        dial.turn({name: Resolved((1.0, 0.5, 1.0)) for name in "ab"})
+        with pytest.raises(ConfigError, match="3 weights by image"):
+            layer(x)
+    assert layer.weight is frozen
+    dial.turn({name: Resolved((1.0, 0.5)) for name in "ab"})
+    y = x.clone().requires_grad_()
+    layer(y).float().sum().backward()  # what was made in inference mode is not used again here
+    assert y.grad is not None
+
+
 @pytest.mark.parametrize("build", [tiny.sd, tiny.sd3, tiny.flux])
 def test_full_masks_are_none_empty_masks_the_base_and_disjoint_ones_commute(build: Any) -> None:
     pipe = build()
@@ -225,6 +262,15 @@ def test_full_masks_are_none_empty_masks_the_base_and_disjoint_ones_commute(buil
     assert np.array_equal(both, drawn(pipe, [right, left], b, a))
     for other in (base, drawn(pipe, [1.0], a), drawn(pipe, [right, left], a, b)):
         assert np.abs(both - other).max() > 1e-3
+
+
+def test_a_region_may_say_what_it_is_by_part(sd: Any) -> None:
+    one = adapter(sd, "a", 1)
+    by_part = drawn(sd, [Region(HALF, {"unet": 0.8, "down.0": "0@0,1@1"})], one)
+    assert np.array_equal(by_part, drawn(sd, [{"unet": Region(HALF, 0.8), "down.0": Region(HALF, "0@0,1@1")}], one))
+    assert not np.array_equal(by_part, drawn(sd, [{"unet": 0.8, "down.0": "0@0,1@1"}], one))
+    with pytest.raises(TargetError, match="did you mean"):
+        drawn(sd, [Region(HALF, {"unett": 0.8})], one)
 
 
 def test_a_mask_acts_inside_it_alone(sd: Any) -> None:

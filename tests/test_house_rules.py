@@ -28,7 +28,8 @@ LEVELS = (
     ("methods", "formats", "families", "targets", "data"),  # no mathematics, no spellings, no files: none knows another
     ("attachment", "beginning", "pipelines", "clock", "tokens", "fusing", "library", "resident", "composing"),
     ("dial", "fitting"),
-    ("stacked",),
+    ("stacked", "leaving"),
+    ("banks",),
     ("seating",),
     ("stack", "training"),
     ("generating", "inspection", "merging"),

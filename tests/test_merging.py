@@ -265,6 +265,10 @@ def test_extract_reads_a_checkpoint_in_one_file(sd: Any, base: Path, tmp_path: P
     )
     with pytest.raises(ConfigError, match="base must be a Diffusers folder"):
         extract(path, sd)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "model_index.json").write_text('{"_class_name": "AutoPipeline", "vae": ["diffusers", "X"]}')
+    with pytest.raises(ConfigError, match="has no unet or transformer"):
+        extract(path, tmp_path / "bare")
     tiny.sdxl().save_pretrained(tmp_path / "other")
     with pytest.raises(AdapterMismatchError, match="cannot be read as a StableDiffusionXLPipeline"):
         extract(path, tmp_path / "other")

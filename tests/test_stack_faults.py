@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -109,3 +111,52 @@ def test_a_second_stack_leaves_the_first_alone() -> None:
     first.clear()
     second.add(ADAPTERS["a"])
     assert torch.equal(pipe.unet(X), ours)
+
+
+def test_a_stack_that_nobody_holds_acts_on_until_the_next_one_takes_it_off() -> None:
+    pipe, alone = Pipe(), Pipe()
+    AdapterStack(pipe).add(ADAPTERS["a"])
+    (stack := AdapterStack(alone)).add(ADAPTERS["a"])
+    assert torch.equal(pipe.unet(X), alone.unet(X))
+    with pytest.warns(UserWarning, match="'a' of an AdapterStack that is gone"):
+        AdapterStack(pipe).add(ADAPTERS["training"])
+    stack.swap("a", ADAPTERS["training"])
+    assert torch.equal(pipe.unet(X), alone.unet(X))
+
+
+@pytest.mark.parametrize("take", ["add", "reserve", "clear"])
+@pytest.mark.parametrize("how", ["fused", "scheduled", "reserve only"])
+def test_what_a_stack_left_goes_to_the_bit_and_is_named(how: str, take: str) -> None:
+    pipe = Pipe()
+    before = fingerprint(pipe.unet)
+    stack, second = AdapterStack(pipe), AdapterStack(pipe)
+    stack.reserve(4)
+    if how != "reserve only":
+        stack.add(ADAPTERS["a"], 0.5 if how == "fused" else "0.5@0,1@1")
+    if how == "fused":
+        stack.fuse()
+    del stack  # at once, as nothing on the pipeline refers to it
+    changes = {"add": lambda: second.add(ADAPTERS["training"]), "reserve": lambda: second.reserve(2)}
+    with nullcontext() if how == "reserve only" else pytest.warns(UserWarning, match="'a' of an AdapterStack"):
+        changes.get(take, second.clear)()
+    if take == "add":
+        with torch.no_grad():
+            AdapterStack(alone := Pipe()).add(ADAPTERS["training"])
+            assert torch.equal(pipe.unet(X), alone.unet(X))
+    second.clear()
+    second.release()
+    assert fingerprint(pipe.unet) == before
+    assert str(pipe.unet) == str(Small())
+    assert not vars(pipe.unet)["_forward_pre_hooks"]
+
+
+def test_a_pipeline_goes_at_once_with_the_adapters_that_were_left_on_it() -> None:
+    pipe = Pipe()
+    AdapterStack(pipe).add(ADAPTERS["a"])
+    gone = weakref.ref(pipe.unet)
+    gc.disable()
+    try:
+        del pipe
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -154,6 +155,29 @@ def test_a_known_adapter_is_neither_read_nor_planned_again(tmp_path: Any, monkey
     file.unlink()
     save_adapter(ADAPTERS["training"], file)
     assert stack.content_hash(stack.add(file)) == ADAPTERS["training"].content_hash
+
+
+def test_adapters_met_longest_ago_are_forgotten_beyond_the_limit(tmp_path: Any) -> None:
+    files = [save_adapter(small_adapter(f"x{i}", 2, i), tmp_path / f"x{i}.safetensors") for i in range(4)]
+    stack = AdapterStack(pipe := Pipe())
+    stack.add(files[0])
+    stack.residents.limit = 2 * sum(t.nbytes for *_, layer in stack["x0"] for t in layer.tensors.values())
+    with torch.no_grad():
+        expected = pipe.unet(X)
+    held = [weakref.ref(stack["x0"])]
+    for old, new in ((0, 1), (1, 2), (2, 1), (1, 3)):
+        held.append(weakref.ref(stack[stack.swap(f"x{old}", files[new])]))
+    assert [one() is None for one in held] == [True, False, True, False, False]  # x0, x1, x2, x1, x3
+    stack.swap("x3", files[0])
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(X), expected)
+    stack.clear()
+    stack.residents.limit = 0
+    with pytest.raises(AdapterMismatchError):  # a file that does not fit is not kept either
+        stack.add(save_adapter(BROKEN["shape"], tmp_path / "bad.safetensors"))
+    gone = weakref.ref(stack.residents.read(tmp_path / "bad.safetensors"))
+    stack.add(files[1])
+    assert gone() is None
 
 
 def test_swapping_equal_ranks_copies_rows_and_changes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,4 +51,5 @@ def resize(
             smaller = resize_adapter(whole, rank=rank, energy=energy, frobenius=frobenius, base=base, listen=listen)
     save_adapter(smaller.adapter, out, format=format, overwrite=overwrite)
     ranks = sorted(smaller.ranks.values())
-    say(f"{out}: ranks {ranks[0]} to {ranks[-1]}, {smaller.kept:.2%} of the energy kept")
+    found = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+    say(f"{out}: {found}, {smaller.kept:.2%} of the energy kept")

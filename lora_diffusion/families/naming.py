@@ -6,6 +6,7 @@ live layers that own its rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -69,17 +70,34 @@ class _Live:
     def _by_original(self) -> Mapping[str, Sequence[tuple[str, Place]]]:
         return _originals(self.kind, self._names)
 
+    @cached_property
+    def _by_tower(self) -> Mapping[str, Sequence[tuple[str, Place]]]:
+        index: dict[str, list[tuple[str, Place]]] = {}
+        for flat, names in self._flat.items():
+            if _TOWER.match(flat) or flat.startswith("layers_"):
+                index.setdefault(_bare(flat), []).extend((name, Place((name,))) for name in names)
+        return index
+
     def find(self, name: str) -> Place | None:
         """The place that a file's name means; AdapterMismatchError for two of them."""
         flat = same_layer(name)
         candidates = self._flat.get(flat, ())
         if name in candidates or len(candidates) == 1:  # most files need no table of originals
             return Place((name if name in candidates else candidates[0],))
-        found = [(c, Place((c,))) for c in candidates] or self._by_original.get(flat, ())
+        found = [(c, Place((c,))) for c in candidates] or self._by_original.get(flat)
+        found = found or self._by_tower.get(_bare(flat), ())
         for other, place in found[1:]:
             if place != found[0][1]:  # one layer may have several original names that flatten alike
                 raise AdapterMismatchError(f"{name!r} could be {found[0][0]!r} or {other!r} of the model")
         return found[0][1] if found else None
+
+
+#: levels round the layers of a language model: ForCausalLM and models of pictures and text have them, others not
+_TOWER = re.compile(r"(?:model_|language_model_)+(?=layers_)")
+
+
+def _bare(flat: str) -> str:
+    return _TOWER.sub("", flat, count=1) if flat.startswith(("model_", "language_model_")) else flat
 
 
 @lru_cache(maxsize=16)  # by all names of a model: what is built of the same names is the same
@@ -114,6 +132,8 @@ def _shares(name: str, layer: LayerAdapter, live: _Live) -> list[tuple[str, Laye
     place = live.find(name)
     if place is None:
         return []
+    if len(place.layers) == 1 and "blocks.1" in layer.tensors:
+        raise AdapterMismatchError(f"{name!r} has OFT blocks in parts, and {place.layers[0]!r} of the model has none")
     if len(place.layers) == 1 and not place.swapped:
         return [(place.layers[0], of_norm(layer, live.modules[place.layers[0]]))]
     modules = [live.modules[target] for target in place.layers]

@@ -4,6 +4,8 @@ Where the checkpoint fuses q, k and v, so does the adapter, exactly: parts that 
 others become block-diagonal,
 
     down = [D_q; D_k; D_v]      up = diag(U_q, U_k, U_v)      alpha = scale · (r_q + r_k + r_v)
+
+OFT of all parts becomes the list that sd-scripts has.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError
+from lora_diffusion.families.homes import homes
 from lora_diffusion.families.names import Place, places
 from lora_diffusion.families.naming import resolve
 from lora_diffusion.families.splitting import swap_halves
@@ -25,14 +28,14 @@ from lora_diffusion.layers import out_width
 def dotted(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
     """The adapter under the names that Diffusers has. AdapterMismatchError where a layer finds no place."""
     layers: dict[str, dict[str, LayerAdapter]] = {}
-    for component, of in adapter.layers.items():
-        if component not in models:
+    for component, home in homes(adapter.layers, models).items():
+        if home not in models:
             raise AdapterMismatchError(f"adapter {adapter.name!r}: the base has no {component}")
-        found = resolve(of, models[component])
+        found = resolve(adapter.layers[component], models[home])
         if found.unmatched:
-            model = type(models[component]).__name__
+            model = type(models[home]).__name__
             raise AdapterMismatchError(f"adapter {adapter.name!r}: {found.unmatched[0]!r} is no layer of the {model}")
-        layers[component] = found.layers
+        layers[home] = found.layers
     return replace(adapter, layers=layers)
 
 
@@ -69,6 +72,8 @@ def _fused(
         return swap_halves(there[0], out_width(live[place.layers[0]]), target)
     if len(parts) == 1:
         return there[0]
+    if len(there) == len(parts) and all(_is_plain_oft(there[0], part) for part in there):
+        return replace(there[0], tensors={f"blocks.{i}": part.tensors["blocks"] for i, part in enumerate(there)})
     odd = [part.method for part in there if part.method != "lora" or set(part.tensors) != {"down", "up"}]
     if odd:
         raise AdapterMismatchError(f"layer {target!r}: the checkpoint fuses {len(parts)} layers, not {odd[0]}")
@@ -76,6 +81,13 @@ def _fused(
     if len(there) == len(parts) and all(_same_down(there[0], part) for part in there):
         return replace(there[0], tensors={"down": down, "up": torch.cat([part.tensors["up"] for part in there])})
     return _block_diagonal(parts, [out_width(live[name]) for name in place.layers])
+
+
+def _is_plain_oft(first: LayerAdapter, other: LayerAdapter) -> bool:
+    """Whether sd-scripts could list it beside the first: one bound for all, as many blocks in every part."""
+    shapes = [layer.tensors["blocks"].shape for layer in (first, other) if set(layer.tensors) == {"blocks"}]
+    alike = len(shapes) == 2 and all(len(shape) == 3 for shape in shapes) and shapes[0][0] == shapes[1][0]
+    return alike and (first.method, first.alpha) == ("oft", other.alpha)
 
 
 def _same_down(first: LayerAdapter, other: LayerAdapter) -> bool:

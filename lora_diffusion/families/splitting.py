@@ -2,8 +2,8 @@
 
 An adapter of a fused layer acts on output rows that several live layers own. Cutting the factor that owns the
 rows is exact: for up · down it is `up`, for a Kronecker product rows of the first factor and, where a part begins or
-ends within one, a window on what they make; for OFT whole blocks. A magnitude for each input is a norm over all rows
-of the fused weight, and cannot be divided.
+ends within one, a window on what they make; for OFT whole blocks, or sd-scripts' list of them, one for each part. A
+magnitude for each input is a norm over all rows of the fused weight, and cannot be divided.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def split_rows(layer: LayerAdapter, widths: list[int], name: str) -> list[LayerA
     runs = list(pairwise(ends))
     if layer.method == "lokr":
         return [_kronecker_run(layer, start, stop, ends[-1], name) for start, stop in runs]
+    if "blocks.0" in layer.tensors:
+        return _listed(layer, widths, name)
     owners = _owners(layer, ends[-1], runs, name)
     return [_cut(layer, owners, lambda t, each, a=a, b=b: t[a // each : b // each]) for a, b in runs]
 
@@ -99,6 +101,15 @@ def _block(layer: LayerAdapter, runs: Sequence[tuple[int, int]], name: str) -> i
         why = "only unbounded OFT with blocks that end where the parts do can be divided"
         raise AdapterMismatchError(f"layer {name!r}: {layer.method} on a fused layer; {why}")
     return blocks.shape[-1]
+
+
+def _listed(layer: LayerAdapter, widths: list[int], name: str) -> list[LayerAdapter]:
+    """One OFT for each tensor of the list, with the bound that sd-scripts gives it: alpha · rows of the part."""
+    parts = [layer.tensors[part] for part in sorted(layer.tensors)]
+    rows = [len(blocks) * blocks.shape[-1] if blocks.ndim else 0 for blocks in parts]
+    if rows != widths:
+        raise AdapterMismatchError(f"layer {name!r}: a list of OFT blocks for parts of {rows} rows; expected {widths}")
+    return [replace(layer, tensors={"blocks": blocks}) for blocks in parts]
 
 
 def _first(layer: LayerAdapter) -> str:

@@ -32,7 +32,7 @@ _WHOLE: dict[str, tuple[frozenset[str], ...]] = {
         frozenset(first | second) for first in ({"w1"}, {"w1_a", "w1_b"}) for second in ({"w2"}, {"w2_a", "w2_b"})
     ),
     "ia3": (frozenset({"weight", "on_input"}),),
-    "oft": (frozenset({"blocks"}), frozenset({"diag"}), frozenset({"R"})),
+    "oft": tuple(frozenset({part}) for part in ("blocks", "blocks.0", "diag", "R")),
     "vera": (frozenset({"d", "b", "projection"}),),
     "bottleneck": (frozenset({"down", "down_bias", "up", "up_bias"}),),
     "tlora": (frozenset({"down", "sigma", "up"}),),
@@ -118,7 +118,7 @@ def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> 
     parts = dict(group.parts)
     alpha = parts.pop("alpha", None)
     method = _method(group.methods, parts)
-    tensors = _with_magnitude({part: tensor for part, (_, tensor) in parts.items()})
+    tensors = _plain_if_alone(_with_magnitude({part: tensor for part, (_, tensor) in parts.items()}))
     problem = _problem(group.methods, method, tensors)
     if problem:
         for key, _ in group.parts.values():
@@ -149,6 +149,13 @@ def _with_magnitude(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _plain_if_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A list of one block tensor, which sd-scripts writes for FLUX's layers that it does not split, as the tensor."""
+    if "blocks.0" in tensors and not {"blocks", "blocks.1", "blocks.2", "blocks.3"} & tensors.keys():
+        tensors["blocks"] = tensors.pop("blocks.0")
+    return tensors
+
+
 def _method(methods: set[str], parts: Mapping[str, object]) -> str:
     if methods == {"lora", "locon"}:
         return "locon"
@@ -164,6 +171,8 @@ def _method(methods: set[str], parts: Mapping[str, object]) -> str:
 def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> str | None:
     if len(methods - {"lora"} if method == "locon" else methods) > 1:
         return f"tensors of {' and '.join(sorted(methods))} on one layer"
+    if method == "oft" and (problem := _broken_list(tensors)):
+        return problem
     missing = min([whole - tensors.keys() for whole in _WHOLE[method]], key=len)
     if method == "ia3" and "on_input" in missing:
         return "a plain weight is no adapter's tensor"
@@ -177,6 +186,13 @@ def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> s
         kind = str(tensors[min(whole)].dtype).removeprefix("torch.")
         return f"{min(whole)} holds {kind}, expected floating-point numbers"
     return _unlike_ranks(tensors) if "down" in tensors else None
+
+
+def _broken_list(tensors: Mapping[str, Tensor]) -> str | None:
+    found = sorted(tensors)
+    if not any(part.startswith("blocks.") for part in found) or found == [f"blocks.{i}" for i in range(len(found))]:
+        return None
+    return f"oft in parts needs blocks.0, blocks.1 and so on and nothing else; this has {', '.join(found)}"
 
 
 def _unlike_ranks(tensors: Mapping[str, Tensor]) -> str | None:

@@ -19,6 +19,7 @@ from lora_diffusion.adapter import Adapter, same_layer
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
+from lora_diffusion.formats.keys import numbered_as
 from lora_diffusion.formats.kohya import layer_tensors
 
 _STARTS = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
@@ -28,6 +29,7 @@ _PREFIXES = {
     "text_encoder": "text_encoders.clip_l.transformer.",
     "text_encoder_2": "text_encoders.clip_g.transformer.",
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    "text_encoder_4": "text_encoders.llama.transformer.",
 }
 _AS_PEFT = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 
@@ -51,10 +53,11 @@ class Comfy:
         who = f"adapter {adapter.name!r}"
         check_components(adapter, _PREFIXES, "ComfyUI")
         tensors = bundled(adapter.embeddings, who)
+        prefixes = {component: _PREFIXES[numbered_as(component, adapter.layers)] for component in adapter.layers}
         for component, name, layer in adapter:
             clip = component in ("text_encoder", "text_encoder_2") and same_layer(name).startswith("encoder_layers_")
             level = "text_model." if clip and not name.startswith("text_model") else ""
-            path = f"{_PREFIXES[component]}{level}{name}"
+            path = f"{prefixes[component]}{level}{name}"
             for key, tensor in layer_tensors(path, layer, who).items():
                 stem, _, suffix = key.removeprefix(path).partition(".")
                 tensors[f"{path}{stem}.{_AS_PEFT.get(suffix, suffix)}"] = tensor

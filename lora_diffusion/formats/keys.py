@@ -11,6 +11,7 @@ separator (which layer; left as it is, for the families to resolve) and a suffix
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -37,6 +38,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "on_input": ("ia3", "on_input"),
     "weight": ("ia3", "weight"),
     "oft_blocks": ("oft", "blocks"),
+    **{
+        f"oft_blocks.{part}": ("oft", f"blocks.{part}") for part in range(4)
+    },  # sd-scripts' parts of FLUX's fused layers
     "oft_diag": ("oft", "diag"),
     "oft_R.weight": ("oft", "R"),
     "rescale": ("oft", "rescale"),
@@ -111,8 +115,11 @@ PREFIXES: dict[str, str] = {
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
+    "text_encoders.llama.transformer.": "text_encoder_4",
 }
 _PREFIX = re.compile("|".join(re.escape(prefix) for prefix in sorted(PREFIXES, key=len, reverse=True)))
+#: ComfyUI's other encoders, called by their model (qwen25_7b, gemma2_2b, umt5xxl …): a pipeline's only one
+_ONLY_ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.")
 #: older and tool-specific ways to write a name -> the way that the tables know, applied in this order
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
@@ -178,10 +185,19 @@ def is_flux(layers: list[str]) -> bool:
     return any(layer.replace(".", "_").startswith(blocks) for layer in layers)
 
 
+def numbered_as(component: str, layers: Mapping[str, Mapping[str, object]]) -> str:
+    """The component that it is called in files: FLUX's T5, its second text encoder, is the third there."""
+    is_t5 = any(layer.replace(".", "_").startswith("encoder_block_") for layer in layers[component])
+    is_second = component == "text_encoder_2" and "text_encoder_3" not in layers
+    return "text_encoder_3" if is_second and is_t5 and is_flux(list(layers.get("transformer", ()))) else component
+
+
 @lru_cache(maxsize=4096)
 def _component(path: str) -> tuple[str, str]:
     prefix = _PREFIX.match(path)
     component, layer = (PREFIXES[prefix[0]], path[prefix.end() :]) if prefix else (DENOISER, path)
+    if not prefix and (only := _ONLY_ENCODER.match(path)):
+        component, layer = "text_encoder", path[only.end() :]
     if component == DENOISER and layer.startswith(_BARE_TEXT_ENCODER):
         component = "text_encoder"
     return component, layer

@@ -5,12 +5,15 @@
     lora_unet_down_blocks_0_attentions_0_proj_in.alpha                 ()
     lora_te_…, or lora_te1_… and lora_te2_… where there are two text encoders, lora_te3_… for T5
 
-`lora_unet_` is the denoiser of any family. A layer without alpha has alpha = its rank, never its neighbour's.
+`lora_unet_` is the denoiser of any family; sd-scripts' OFT is under `oft_unet_`, for FLUX as lists, `.oft_blocks.0`,
+`.1` and so on, one tensor for each part of a fused layer. A layer without alpha has alpha = its rank, never its
+neighbour's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
+from lora_diffusion.formats.keys import numbered_as
 
 _STARTS = (
     "lora_unet_",
@@ -27,6 +31,7 @@ _STARTS = (
     "lora_te1_",
     "lora_te2_",
     "lora_te3_",
+    "lora_te4_",
     "lora_prior_",
     "lora_transformer_",
     "oft_unet_",
@@ -37,6 +42,7 @@ _PREFIXES = {
     "text_encoder": "lora_te1_",
     "text_encoder_2": "lora_te2_",
     "text_encoder_3": "lora_te3_",
+    "text_encoder_4": "lora_te4_",
 }
 _PAIR = {"down": "lora_down.weight", "up": "lora_up.weight"}
 _MAGNITUDE = {"magnitude": "dora_scale"}
@@ -49,7 +55,13 @@ _SUFFIXES: dict[str, dict[str, str]] = {
     "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | _MAGNITUDE,
     "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | _MAGNITUDE,
     "ia3": {"weight": "weight", "on_input": "on_input"},
-    "oft": {"blocks": "oft_blocks", "diag": "oft_diag", "rescale": "rescale", "R": "oft_R.weight"},
+    "oft": {
+        "blocks": "oft_blocks",
+        "diag": "oft_diag",
+        "rescale": "rescale",
+        "R": "oft_R.weight",
+        **{f"blocks.{part}": f"oft_blocks.{part}" for part in range(4)},
+    },
     "glora": {part: f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
     "tlora": {"down": "q_layer.weight", "sigma": "lambda_layer", "up": "p_layer.weight"},
     "vera": {"d": "vera_lambda_d", "b": "vera_lambda_b", "projection": "vera_projection"},
@@ -86,9 +98,15 @@ class Kohya:
         check_components(adapter, _PREFIXES, "kohya")
         only = "text_encoder_2" not in adapter.layers and "text_encoder_3" not in adapter.layers
         prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if only else _PREFIXES
+        prefixes = {component: prefixes[numbered_as(component, adapter.layers)] for component in adapter.layers}
         tensors = bundled(adapter.embeddings, who)
+        in_lists = any("blocks.0" in layer.tensors for *_, layer in adapter)
         for component, name, layer in adapter:
             path = prefixes[component] + _body(component, name)
+            if in_lists and set(layer.tensors) == {"blocks"}:
+                layer = replace(layer, tensors={"blocks.0": layer.tensors["blocks"]})
+            if "blocks.0" in layer.tensors:
+                path = f"oft_unet_{flat(name)}"
             if f"{path}.alpha" in tensors:
                 raise AdapterFileError(f"{who}: two layers of {component} flatten to {path!r}; {name!r} is one")
             tensors |= layer_tensors(path, layer, who)

@@ -14,7 +14,7 @@ They nest: a mapping may hold schedules, lists and regions; a list may hold mapp
 """
 
 from lora_diffusion.gates.blocks import blocks_of
-from lora_diffusion.gates.levels import Call, Level, entry_gate, is_live, number_at
+from lora_diffusion.gates.levels import Call, Level, entry_gate, has_places, is_live, is_steady, number_at
 from lora_diffusion.gates.masks import Region
 from lora_diffusion.gates.resolving import ALIASES, Resolved, Weight, resolve_weight
 from lora_diffusion.gates.schedules import Keyframes, Window, linear, parse_schedule, window
@@ -31,7 +31,9 @@ __all__ = [
     "Window",
     "blocks_of",
     "entry_gate",
+    "has_places",
     "is_live",
+    "is_steady",
     "linear",
     "number_at",
     "parse_schedule",

@@ -93,6 +93,16 @@ def is_live(level: Level) -> bool:
     return isinstance(level, tuple | Region)
 
 
+def has_places(level: Level) -> bool:
+    """Whether it is not the same everywhere in an image."""
+    return isinstance(level, Region) or (isinstance(level, tuple) and any(map(has_places, level)))
+
+
+def is_steady(level: Level) -> bool:
+    """Whether neither step nor place changes it."""
+    return isinstance(level, float) or (isinstance(level, tuple) and all(map(is_steady, level)))
+
+
 def number_at(level: Level, progress: float) -> float:
     """The number of a level that is not live; of a live one, 1 unless it is always zero everywhere."""
     if isinstance(level, tuple | Region):

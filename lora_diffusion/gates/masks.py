@@ -7,6 +7,7 @@ embeddings, text encoders) take the mask's mean, so that a full mask is no mask 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ class Region:
 
     def __repr__(self) -> str:
         return f"Region({tuple(self.pixels.shape)}, mean {self.mean:.2f}, {self.weight!r})"
+
+    def at(self, weight: Any) -> Region:
+        """The same place with another weight."""
+        region = copy.copy(self)
+        object.__setattr__(region, "weight", weight)
+        return region
 
     @property
     def mean(self) -> float:

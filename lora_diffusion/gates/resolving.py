@@ -43,6 +43,10 @@ def resolve_weight(weight: object, layers: Mapping[str, Sequence[str]], adapter:
         sites = {site for part in parts for site in part.sites}
         whole = check_level([part.everywhere for part in parts], adapter)
         return Resolved(whole, {site: check_level([part.at(*site) for part in parts], adapter) for site in sites})
+    if isinstance(weight, Region) and isinstance(weight.weight, Mapping):
+        inside = resolve_weight(weight.weight, layers, adapter)
+        regions = {id(level): check_level(weight.at(level), adapter) for level in inside.sites.values()}
+        return Resolved(0.0, {site: regions[id(level)] for site, level in inside.sites.items()})
     return Resolved(check_level(weight, adapter))
 
 

@@ -61,7 +61,9 @@ def _checkpoint(path: Path, base: Any) -> dict[str, Weights]:
         import diffusers
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-        denoiser = next(name for name in DENOISERS if name in index)
+        denoiser = next((name for name in DENOISERS if name in index), None)
+        if denoiser is None:
+            raise ConfigError(f"{folder} has no {' or '.join(DENOISERS)}; expected the base of a diffusion model")
         try:
             try:
                 return _states(getattr(diffusers, index["_class_name"]).from_single_file(str(path), **how).components)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -48,6 +49,21 @@ AURA = {"num_mmdit_layers": 2, "num_single_dit_layers": 2, "attention_head_dim":
 AURA |= {"joint_attention_dim": 32, "caption_projection_dim": 32, "pos_embed_max_size": 16}
 FLUX2 = {**WIDE, "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32, "in_channels": 16}
 FLUX2 |= {"axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32}
+LTX = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+LTX |= {"in_channels": 8, "out_channels": 8, "caption_channels": 16}
+LTX2 = LTX | {"audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16}
+LTX2 |= {"audio_in_channels": 8, "audio_out_channels": 8}
+MOCHI = {"num_layers": 48, "num_attention_heads": 2, "attention_head_dim": 16, "pooled_projection_dim": 16}
+MOCHI |= {"text_embed_dim": 32, "time_embed_dim": 32}  # its converter knows 48 layers alone
+COSMOS = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "adaln_lora_dim": 8}
+COSMOS |= {"text_embed_dim": 32}
+KREA2 = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+KREA2 |= {"axes_dims_rope": (4, 6, 6), "intermediate_size": 64, "text_hidden_dim": 32, "text_num_attention_heads": 2}
+KREA2 |= {"text_num_key_value_heads": 2, "text_intermediate_size": 48}
+SANA = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "caption_channels": 32}
+SANA |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16, "sample_size": 8}
+HIDREAM = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+HIDREAM |= {"patch_size": 2, "in_channels": 4, "caption_channels": [32, 32], "text_emb_dim": 32, "llama_layers": [0]}
 
 CASES = {
     "flux": (FluxTransformer2DModel, FLUX, theirs.convert_flux_transformer_checkpoint_to_diffusers),
@@ -63,6 +79,29 @@ CASES = {
     "wan": (WanTransformer3DModel, WAN, theirs.convert_wan_transformer_to_diffusers),
     "hunyuan": (HunyuanVideoTransformer3DModel, HUNYUAN, theirs.convert_hunyuan_video_transformer_to_diffusers),
     "auraflow": (AuraFlowTransformer2DModel, AURA, theirs.convert_auraflow_transformer_checkpoint_to_diffusers),
+    "framepack": (
+        diffusers.HunyuanVideoFramepackTransformer3DModel,
+        {**HUNYUAN, "has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True},
+        theirs.convert_hunyuan_video_transformer_to_diffusers,
+    ),
+    "vace": (
+        diffusers.WanVACETransformer3DModel,
+        {**WAN, "vace_layers": [0, 1], "vace_in_channels": 4},
+        theirs.convert_wan_transformer_to_diffusers,
+    ),
+    "skyreels": (diffusers.SkyReelsV2Transformer3DModel, WAN, theirs.convert_wan_transformer_to_diffusers),
+    "chrono-edit": (diffusers.ChronoEditTransformer3DModel, WAN, theirs.convert_wan_transformer_to_diffusers),
+    "ltx": (diffusers.LTXVideoTransformer3DModel, LTX, theirs.convert_ltx_transformer_checkpoint_to_diffusers),
+    "ltx2": (diffusers.LTX2VideoTransformer3DModel, LTX2, theirs.convert_ltx2_transformer_to_diffusers),
+    "mochi": (diffusers.MochiTransformer3DModel, MOCHI, theirs.convert_mochi_transformer_checkpoint_to_diffusers),
+    "cosmos": (
+        diffusers.CosmosTransformer3DModel,
+        COSMOS,
+        theirs.convert_cosmos_transformer_checkpoint_to_diffusers,
+    ),
+    "krea2": (diffusers.Krea2Transformer2DModel, KREA2, theirs.convert_krea2_transformer_checkpoint_to_diffusers),
+    "sana": (diffusers.SanaTransformer2DModel, SANA, theirs.convert_sana_transformer_to_diffusers),
+    "hidream": (diffusers.HiDreamImageTransformer2DModel, HIDREAM, theirs.convert_hidream_transformer_to_diffusers),
 }
 
 
@@ -88,6 +127,7 @@ def stamped(place: Place, live: dict[str, nn.Module]) -> Iterator[Tensor]:
         yield stamp.roll(rows // 2, 0) if place.swapped else stamp
 
 
+LTX_SAME = r"(audio_)?(caption_projection.*|proj_out)|transformer_blocks\.\d\..*"
 #: layers that are called the same in both, and so need no entry
 SAME = {
     "chroma": r"distilled_guidance_layer\.(in|out)_proj",
@@ -95,11 +135,18 @@ SAME = {
     "lumina2": "x_embedder",
     "z-image": r".*feed_forward\.w\d|(layers|noise_refiner)\.\d\.adaLN_modulation\.0|(t|cap)_embedder\..*",
     "wan": "patch_embedding",
+    "skyreels": "patch_embedding",
+    "chrono-edit": "patch_embedding",
+    "vace": "(vace_)?patch_embedding",
+    "framepack": "image_projection.*|clean_x_embedder.*",
+    "ltx": f"{LTX_SAME}",
+    "ltx2": f"{LTX_SAME}",
+    "hidream": ".*",
 }
 #: other tools' names of layers that the checkpoint calls otherwise, and of parts of its layers
 OTHERS = re.compile(r"\.linear1\.qkv|\.attention\.to\.[qkv]|(qkv|linear1)\.[0-3]$")
 COMFY_HUNYUAN = re.compile(
-    r"(img|txt)_attn\.|(img|txt)_mlp\.\d|_mod\.lin$|modulation\.lin$|self_attn\.|blocks\..*\.mlp\.\d"
+    r"(img|txt)_attn\.|(img|txt)_mlp\.\d|_mod\.lin$|modulation\.lin$|self_attn\.|blocks\..*\.mlp\.\d|\.norm\.|(time|guidance)_in\.(in|out)_layer|_embedder\.(in|out)_layer"
 )
 
 
@@ -107,15 +154,17 @@ COMFY_HUNYUAN = re.compile(
 def test_diffusers_converter_puts_every_original_layer_where_we_do(family: str):
     cls, config, convert = CASES[family]
     live = {name: module for name, module in build(cls, **config).named_modules() if hasattr(module, "weight")}
-    matrices = [name for name, module in live.items() if module.weight is not None and module.weight.ndim > 1]
+    live = {name: module for name, module in live.items() if module.weight is not None}
+    matrices = [name for name, module in live.items() if module.weight.ndim > 1]
     same = re.compile(SAME.get(family, "$"))
     whole = {layer: Place((layer,)) for layer in matrices if same.fullmatch(layer)}
     for name, place in places(cls.__name__, live).items():
-        is_others = OTHERS.search(name) or (family == "hunyuan" and COMFY_HUNYUAN.search(name))
-        if not is_others and place.layers[0] in matrices:
+        is_others = OTHERS.search(name) or (family in ("hunyuan", "framepack") and COMFY_HUNYUAN.search(name))
+        if not is_others:
             whole[name] = place
-    checkpoint = Checkpoint({f"{name}.weight": torch.cat(list(stamped(place, live))) for name, place in whole.items()})
-    converted = convert(checkpoint)
+    stamps = {name: torch.cat(list(stamped(place, live))) for name, place in whole.items()}
+    norms = {f"{name}.scale": stamps[name] for name, place in whole.items() if place.layers[0] not in matrices}
+    converted = convert(Checkpoint({f"{name}.weight": stamp for name, stamp in stamps.items()} | norms))
     for name, place in whole.items():
         for layer in place.layers:
             assert torch.equal(converted[f"{layer}.weight"], next(stamped(Place((layer,)), live))), (name, layer)

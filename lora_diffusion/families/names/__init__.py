@@ -69,10 +69,17 @@ def _final_or_last_context(layer: str, live: Collection[str]) -> bool:
     return layer == "norm_out.linear" or (block != layer and f"{block}.attn.to_add_out" not in live)
 
 
+def _final_or_gated(layer: str, live: Collection[str]) -> bool:
+    """Mochi's feed-forwards have the gate first, Diffusers' the values."""
+    return layer == "norm_out.linear" or layer.endswith((".ff.net.0.proj", ".ff_context.net.0.proj"))
+
+
 _SWAPPED: dict[str, Callable[[str, Collection[str]], bool]] = {
     "FluxTransformer2DModel": _final,
     "Flux2Transformer2DModel": _final,
     "HunyuanVideoTransformer3DModel": _final,
+    "HunyuanVideoFramepackTransformer3DModel": _final,
+    "MochiTransformer3DModel": _final_or_gated,
     "AuraFlowTransformer2DModel": _final,
     "SD3Transformer2DModel": _final_or_last_context,
 }

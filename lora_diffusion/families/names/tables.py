@@ -1,10 +1,12 @@
-"""The tables: original names of the denoisers' layers, by Diffusers model class.
+"""The tables: original names of the denoisers' layers, by Diffusers model class; those of video models in `videos`.
 
 Collected from the checkpoint converters of Diffusers (diffusers/loaders/single_file_utils.py), against which the
 tests hold them. Layers that are called the same in both need no entry.
 """
 
 from __future__ import annotations
+
+from lora_diffusion.families.names import videos
 
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _CONTEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -94,65 +96,6 @@ SD3 = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-_REFINER = "context_embedder.token_refiner.refiner_blocks"
-_TXT_IN = "txt_in.individual_token_refiner.blocks.{}"
-HUNYUAN_VIDEO = {
-    **{
-        f"double_blocks.{{}}.{stream}_attn{dot}{layer}": targets
-        for dot in ("_", ".")  # its authors' way and ComfyUI's
-        for stream, layer, targets in (
-            ("img", "qkv", _in(_DOUBLE, _QKV)),
-            ("txt", "qkv", _in(_DOUBLE, _CONTEXT_QKV)),
-            ("img", "proj", f"{_DOUBLE}.{{}}.attn.to_out.0"),
-            ("txt", "proj", f"{_DOUBLE}.{{}}.attn.to_add_out"),
-        )
-    },
-    **{
-        f"double_blocks.{{}}.{stream}_mlp.{name}": f"{_DOUBLE}.{{}}.{feed}.{layer}"
-        for stream, feed in (("img", "ff"), ("txt", "ff_context"))
-        for name, layer in (("fc1", "net.0.proj"), ("fc2", "net.2"), ("0", "net.0.proj"), ("2", "net.2"))
-    },
-    **{
-        f"double_blocks.{{}}.{stream}_mod.{name}": f"{_DOUBLE}.{{}}.{norm}.linear"
-        for stream, norm in (("img", "norm1"), ("txt", "norm1_context"))
-        for name in ("linear", "lin")
-    },
-    "single_blocks.{}.linear1": _in(_SINGLE, (*_QKV, "proj_mlp")),
-    "single_blocks.{}.linear2": f"{_SINGLE}.{{}}.proj_out",
-    "single_blocks.{}.modulation.linear": f"{_SINGLE}.{{}}.norm.linear",
-    "single_blocks.{}.modulation.lin": f"{_SINGLE}.{{}}.norm.linear",
-    f"{_TXT_IN}.self_attn_qkv": _in(_REFINER, _QKV),
-    f"{_TXT_IN}.self_attn.qkv": _in(_REFINER, _QKV),
-    f"{_TXT_IN}.self_attn_proj": f"{_REFINER}.{{}}.attn.to_out.0",
-    f"{_TXT_IN}.self_attn.proj": f"{_REFINER}.{{}}.attn.to_out.0",
-    f"{_TXT_IN}.mlp.fc1": f"{_REFINER}.{{}}.ff.net.0.proj",
-    f"{_TXT_IN}.mlp.fc2": f"{_REFINER}.{{}}.ff.net.2",
-    f"{_TXT_IN}.mlp.0": f"{_REFINER}.{{}}.ff.net.0.proj",
-    f"{_TXT_IN}.mlp.2": f"{_REFINER}.{{}}.ff.net.2",
-    f"{_TXT_IN}.adaLN_modulation.1": f"{_REFINER}.{{}}.norm_out.linear",
-    "txt_in.input_embedder": "context_embedder.proj_in",
-    **{
-        f"txt_in.{original}": f"context_embedder.time_text_embed.{layer}"
-        for original, layer in {
-            "t_embedder.mlp.0": "timestep_embedder.linear_1",
-            "t_embedder.mlp.2": "timestep_embedder.linear_2",
-            "c_embedder.linear_1": "text_embedder.linear_1",
-            "c_embedder.linear_2": "text_embedder.linear_2",
-        }.items()
-    },
-    **{
-        f"{ours}.{original}": f"time_text_embed.{theirs}.linear_{number}"
-        for ours, theirs, layers in (
-            ("time_in", "timestep_embedder", ("mlp.0", "mlp.2")),
-            ("guidance_in", "guidance_embedder", ("mlp.0", "mlp.2")),
-            ("vector_in", "text_embedder", ("in_layer", "out_layer")),
-        )
-        for number, original in enumerate(layers, 1)
-    },
-    "img_in.proj": "x_embedder.proj",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
 
 
 def _next_dit(attention: str, rest: dict[str, str]) -> dict[str, str | tuple[str, ...]]:
@@ -187,34 +130,6 @@ Z_IMAGE = {
     "final_layer.linear": "all_final_layer.2-1.linear",
     "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
 }
-WAN = {
-    **{
-        f"blocks.{{}}.{original}.{part}": f"blocks.{{}}.{attention}.{layer}"
-        for original, attention in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for part, layer in {
-            "q": "to_q",
-            "k": "to_k",
-            "v": "to_v",
-            "o": "to_out.0",
-            "norm_q": "norm_q",
-            "norm_k": "norm_k",
-            "k_img": "add_k_proj",
-            "v_img": "add_v_proj",
-            "norm_k_img": "norm_added_k",
-        }.items()
-    },
-    "blocks.{}.ffn.0": "blocks.{}.ffn.net.0.proj",
-    "blocks.{}.ffn.2": "blocks.{}.ffn.net.2",
-    "blocks.{}.norm3": "blocks.{}.norm2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "head.head": "proj_out",
-}
 _JOINT = "joint_transformer_blocks"
 _FEED = {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"}
 AURAFLOW = {
@@ -237,18 +152,73 @@ AURAFLOW = {
     "final_linear": "proj_out",
     "modF.1": "norm_out.linear",
 }
-LTX = {"patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear"}
+SANA = {
+    "blocks.{}.attn.qkv": _in(_DOUBLE, ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+    "blocks.{}.attn.proj": f"{_DOUBLE}.{{}}.attn1.to_out.0",
+    "blocks.{}.cross_attn.q_linear": f"{_DOUBLE}.{{}}.attn2.to_q",
+    "blocks.{}.cross_attn.kv_linear": _in(_DOUBLE, ("attn2.to_k", "attn2.to_v")),
+    "blocks.{}.cross_attn.proj": f"{_DOUBLE}.{{}}.attn2.to_out.0",
+    **{
+        f"blocks.{{}}.mlp.{name}_conv.conv": f"{_DOUBLE}.{{}}.ff.conv_{name}" for name in ("inverted", "depth", "point")
+    },
+    "x_embedder.proj": "patch_embed.proj",
+    "t_embedder.mlp.0": "time_embed.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_embed.emb.timestep_embedder.linear_2",
+    "t_block.1": "time_embed.linear",
+    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+    "attention_y_norm": "caption_norm",
+    "final_layer.linear": "proj_out",
+}
+_KREA2_BLOCK = {
+    **{f"attn.w{part}": f"attn.to_{part}" for part in "qkv"},
+    "attn.wo": "attn.to_out.0",
+    "attn.gate": "attn.to_gate",
+    **{f"attn.qknorm.{part}norm": f"attn.norm_{part}" for part in "qk"},
+    **{f"mlp.{part}": f"ff.{part}" for part in ("gate", "up", "down")},
+    "prenorm": "norm1",
+    "postnorm": "norm2",
+}
+KREA2 = {
+    **{
+        f"{original}.{{}}.{layer}": f"{block}.{{}}.{target}"
+        for original, block in (
+            ("blocks", "transformer_blocks"),
+            ("txtfusion.layerwise_blocks", "text_fusion.layerwise_blocks"),
+            ("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
+        )
+        for layer, target in _KREA2_BLOCK.items()
+    },
+    "first": "img_in",
+    "tmlp.0": "time_embed.linear_1",
+    "tmlp.2": "time_embed.linear_2",
+    "tproj.1": "time_mod_proj",
+    "txtmlp.0": "txt_in.norm",
+    "txtmlp.1": "txt_in.linear_1",
+    "txtmlp.3": "txt_in.linear_2",
+    "txtfusion.projector": "text_fusion.projector",
+    "last.norm": "final_layer.norm",
+    "last.linear": "final_layer.linear",
+}
 
 TABLES = {
     "FluxTransformer2DModel": (FLUX,),
     "ChromaTransformer2DModel": (FLUX,),
     "Flux2Transformer2DModel": (FLUX2,),
     "SD3Transformer2DModel": (SD3,),
-    "HunyuanVideoTransformer3DModel": (HUNYUAN_VIDEO,),
+    "SanaTransformer2DModel": (SANA,),
+    "Krea2Transformer2DModel": (KREA2,),
+    "HunyuanVideoTransformer3DModel": (videos.HUNYUAN_VIDEO,),
+    "HunyuanVideoFramepackTransformer3DModel": (videos.HUNYUAN_VIDEO,),
     "Lumina2Transformer2DModel": (LUMINA2,),
     "ZImageTransformer2DModel": (Z_IMAGE,),
-    "WanTransformer3DModel": (WAN,),
-    "WanVACETransformer3DModel": (WAN,),
+    "WanTransformer3DModel": (videos.WAN,),
+    "WanVACETransformer3DModel": (videos.WAN,),
+    "SkyReelsV2Transformer3DModel": (videos.WAN,),
+    "ChronoEditTransformer3DModel": (videos.WAN,),
     "AuraFlowTransformer2DModel": (AURAFLOW,),
-    "LTXVideoTransformer3DModel": (LTX,),
+    "LTXVideoTransformer3DModel": (videos.LTX,),
+    "LTX2VideoTransformer3DModel": (videos.LTX2,),
+    "MochiTransformer3DModel": (videos.MOCHI, *videos.MOCHI_CONTEXT),
+    "CosmosTransformer3DModel": (videos.COSMOS,),
 }

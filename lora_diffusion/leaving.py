@@ -1,0 +1,60 @@
+"""What a stack leaves on its models when nobody holds it any more: it acts on, and the next stack takes it off.
+
+So `AdapterStack(pipe).add(file)` is enough to generate, and a notebook's cell that makes a stack can run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_diffusion.dial import Dial
+from lora_diffusion.fusing import Fusion
+from lora_diffusion.layers import submodule
+from lora_diffusion.lora import slot_of, take_off
+from lora_diffusion.tokens import Vocabulary
+
+_LEFT = "_left_adapters"
+
+
+@dataclass
+class _Left:
+    """On one model. It refers to no model, so that those go when the pipeline does."""
+
+    adapters: list[str]
+    layers: list[str]
+    hooks: Sequence[Any]
+    kept: tuple[Any, Any] | None  # tokenizer and embedding weight as they were, where tokens came
+    fusion: Fusion | None
+
+
+def leave(
+    models: Mapping[str, nn.Module],
+    dials: Mapping[str, Dial],
+    adapters: Sequence[str],
+    kept: Mapping[str, tuple[Any, Any]],
+    fusion: Fusion | None,
+) -> None:
+    """Note on every model (by component) what a stack that goes leaves on it."""
+    for component, model in models.items():
+        dial, tokens = dials[component], kept.get(component)
+        if dial.slots or tokens:
+            vars(model)[_LEFT] = _Left(list(adapters), list(dial.slots), dial.hooks, tokens, fusion)
+
+
+def take_off_left(models: Mapping[str, nn.Module], vocabulary: Vocabulary) -> list[str]:
+    """Take off what was left on these models; names of the adapters. The pipeline is bit-identical to before them."""
+    found = {name: vars(model).pop(_LEFT) for name, model in models.items() if _LEFT in vars(model)}
+    for component, left in found.items():
+        for name in left.layers:
+            if slot_of(layer := submodule(models[component], name)) is not None:
+                take_off(layer)
+        for hook in left.hooks:
+            hook.remove()
+        if left.fusion is not None:
+            left.fusion.undo()
+    vocabulary.restore({component: left.kept for component, left in found.items() if left.kept})
+    return list(dict.fromkeys(name for left in found.values() for name in left.adapters))
