@@ -40,11 +40,16 @@ class Attachment:
     """Trainable slots on one model. Everything else of the model is frozen until `detach`."""
 
     def __init__(
-        self, model: nn.Module, component: str, slots: dict[str, Slot], fresh: dict[str, LayerAdapter]
+        self,
+        model: nn.Module,
+        component: str,
+        slots: dict[str, Slot],
+        fresh: dict[str, LayerAdapter],
+        away: dict[str, LayerAdapter],
     ) -> None:
         self.model, self.component, self.slots = model, component, slots
-        self._starts = {name: new for name, new in fresh.items() if _is_away(new)}
         self._fresh = fresh  # what the slots were made of: method, alpha, shapes
+        self._starts = away  # those of them that are pairs away from 0
         self.course: Course | None = None
         self.fading: Fading | None = None  # what acts at which noise, as T-LoRA asks for
         self._was_trainable = [p for p in model.parameters() if p.requires_grad]
@@ -203,12 +208,14 @@ def attach(
     new = {
         name: given[name] if name in given else methods[name].fresh(layer, generator) for name, layer in layers.items()
     }
-    parts = {name: _parts(method, new[name], layer, take_off_start=name not in given) for name, layer in layers.items()}
+    away = {name: one for name, one in new.items() if one.method == "lora" and bool(one.tensors["up"].any())}
+    begun = away.keys() - given.keys()
+    parts = {name: _parts(method, new[name], layer, take_off_start=name in begun) for name, layer in layers.items()}
     dropping = dropout if isinstance(dropout, Dropping) else Dropping(token=dropout)
     if dropping.by_row and any(isinstance(part[0], Branch) for part in parts.values()):
         raise ConfigError(f"method {method.name!r}: dropout is {dropout}, but it has no rank axis to drop from")
     slots = {name: Slot(layers[name], part, trainable=True) for name, part in parts.items()}
-    attachment = Attachment(model, component, slots, new)
+    attachment = Attachment(model, component, slots, new, away)
     attachment.fading = getattr(method, "fading", None)
     model.requires_grad_(False)
     for name, slot in slots.items():
@@ -238,14 +245,9 @@ def by_layer(
 
 def _parts(method: Method, new: LayerAdapter, layer: nn.Module, *, take_off_start: bool) -> list[Part]:
     part = type(method).part(NAME, new, layer)
-    if take_off_start and _is_away(new) and isinstance(part, Pair):
+    if take_off_start and isinstance(part, Pair):
         return [part, StartBranch(START, new.tensors, part.scale)]
     return [part]
-
-
-def _is_away(new: LayerAdapter) -> bool:
-    """Whether a pair begins away from 0."""
-    return new.method == "lora" and bool(new.tensors["up"].any())
 
 
 def fault_of(adapter: LayerAdapter, layer: nn.Module) -> str | None:

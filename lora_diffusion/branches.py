@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_diffusion.layers import convolution_arguments
+from lora_diffusion.layers import CONVOLUTIONS, convolution_arguments, kernel_shape
+from lora_diffusion.products import convolve, over_places
 
 
 class Branch(nn.Module):
@@ -77,16 +78,17 @@ def without_bias(layer: nn.Module, out: Tensor) -> Tensor:
 
 def by_channel(layer: nn.Module, vector: Tensor) -> Tensor:
     """A number for each channel, shaped to multiply the layer's input or output."""
-    return vector.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else vector.reshape(-1)
+    axes = kernel_shape(layer)[1:] if isinstance(layer, CONVOLUTIONS) else ()
+    return vector.reshape(-1, *(1 for _ in axes))
 
 
 def convolved(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """`x` times a weight in the frozen weight's place: stride, padding and dilation are the layer's."""
     how = convolution_arguments(layer)
-    return F.linear(x, weight) if how is None else F.conv2d(x, weight, **how)
+    return F.linear(x, weight) if how is None else convolve(x, weight, how)
 
 
 def pointwise(layer: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
     """`matrix` (a, b) times the channels of `x`, at every place."""
     matrix = matrix.flatten(1).to(x.dtype)
-    return F.conv2d(x, matrix[:, :, None, None]) if isinstance(layer, nn.Conv2d) else F.linear(x, matrix)
+    return convolve(x, over_places(matrix, x)) if isinstance(layer, CONVOLUTIONS) else F.linear(x, matrix)

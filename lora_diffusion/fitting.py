@@ -13,6 +13,7 @@ from torch import nn
 from lora_diffusion.adapter import Adapter, LayerAdapter, not_finite
 from lora_diffusion.attachment import fault_of
 from lora_diffusion.errors import AdapterMismatchError, some
+from lora_diffusion.families.control import control_hint
 from lora_diffusion.families.homes import homes
 from lora_diffusion.families.naming import Resolution, resolve
 from lora_diffusion.layers import submodule
@@ -96,5 +97,6 @@ def _faults(resolution: Resolution, model: nn.Module, finite: bool) -> dict[str,
         origin = resolution.origins[target]
         fault = fault_of(layer, submodule(model, target)) or (None if finite else not_finite(layer))
         if fault and origin not in faults:
+            fault += control_hint(model, target, layer)
             faults[origin] = fault if origin == target else f"{fault} ({target})"
     return faults

@@ -1,4 +1,4 @@
-"""What can be adapted, linear layers of any precision, plain 2-D convolutions, norms, attentions, and its geometry."""
+"""What can be adapted, linear layers of any precision, plain convolutions, norms, attentions, and its geometry."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ def is_linear(layer: nn.Module) -> bool:
     return weighty and isinstance(getattr(layer, "in_features", None), int) and hasattr(layer, "out_features")
 
 
+#: over pictures and over videos
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
+
 def is_convolution(layer: nn.Module) -> bool:
-    """Whether it is a 2-D convolution whose low-rank form is two convolutions: zero padding, one group."""
-    return isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+    """Whether it is a 2-D or 3-D convolution whose low-rank form is two convolutions: zero padding, one group."""
+    return isinstance(layer, CONVOLUTIONS) and layer.groups == 1 and layer.padding_mode == "zeros"
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -64,8 +68,8 @@ def frozen_weight(layer: nn.Module) -> Tensor:
 
 
 def kernel_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Shape of one row of `down`: (in,) or (in, kh, kw), whatever the packing of the weight."""
-    if isinstance(layer, nn.Conv2d):
+    """Shape of one row of `down`: (in,) or (in[, kt], kh, kw), whatever the packing of the weight."""
+    if isinstance(layer, CONVOLUTIONS):
         return (layer.in_channels, *layer.kernel_size)
     assert isinstance(layer.in_features, int)
     return (layer.in_features,)
@@ -73,19 +77,19 @@ def kernel_shape(layer: nn.Module) -> tuple[int, ...]:
 
 def out_width(layer: nn.Module) -> int:
     """Output features or channels."""
-    width = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+    width = layer.out_channels if isinstance(layer, CONVOLUTIONS) else layer.out_features
     assert isinstance(width, int)
     return width
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """(out, in) or (out, in, kh, kw), whatever the packing of the weight."""
+    """(out, in) or (out, in[, kt], kh, kw), whatever the packing of the weight."""
     return (out_width(layer), *kernel_shape(layer))
 
 
 def convolution_arguments(layer: nn.Module) -> dict[str, Any] | None:
-    """Keyword arguments of `F.conv2d` for a convolution's `down`; None for linear layers."""
-    if not isinstance(layer, nn.Conv2d):
+    """Keyword arguments of `F.conv2d` or `F.conv3d` for a convolution's `down`; None for linear layers."""
+    if not isinstance(layer, CONVOLUTIONS):
         return None
     return {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
 

@@ -23,6 +23,7 @@ its weights and whatever else patches its `forward`; taking the slot off leaves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
 from lora_diffusion.packing import Block, Memory, memory, repacked, unrecorded
 from lora_diffusion.pairs import Pair
-from lora_diffusion.products import LowRank, add_convolution, add_linear, merged_by_image, over_pixels
+from lora_diffusion.products import add_convolution, add_linear, add_trained, merged_by_image, over_pixels
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
@@ -170,7 +171,7 @@ class Slot(nn.Module):
         if self.convolution is not None:
             return add_convolution(x, out, self.down, self.up, gate, self.convolution)
         if torch.is_grad_enabled() and (x.requires_grad or self.up.requires_grad):
-            return out + LowRank.apply(x, self.down, self.up, gate).to(out.dtype)
+            return add_trained(x, out, self.down, self.up, gate)
         return add_linear(x, out, self.down.to(x), self.up.to(x), gate)
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -260,7 +261,7 @@ class Slot(nn.Module):
         how = self.convolution
         if self.live is not None:  # by image, of linear layers alone; by place no weight can be merged
             return self.by_image and how is None and x.dim() == 3 and x.shape[1] * (width + out) > width * out
-        tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // (how["stride"][0] * how["stride"][1])
+        tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // math.prod(how["stride"])
         return tokens * (width + out) > width * out
 
 

@@ -65,13 +65,15 @@ def load_pipeline(
     compute: str = "auto",
     device: str = "auto",
     text_encoders: Precision | None = None,
+    keep_adaln: bool = False,
 ) -> Opened:
     """Open `base` (Diffusers folder or hub id) frozen, its denoiser in `precision`, everything else in `compute`.
 
     Precision is "fp32", "bf16", "fp16", "int8" or "nf4". A denoiser to be quantised is read layer by layer from the
     folder, so that memory never holds more of it than the quantised model and one layer. Its family says which layers
-    stay in 16 bits besides the usual. `text_encoders` that are to be quantised are read in the same way. ConfigError
-    where the base cannot be opened, the device is absent or bitsandbytes is missing.
+    stay in 16 bits besides the usual, with `keep_adaln` the timestep modulation too. `text_encoders` that are to be
+    quantised are read in the same way. ConfigError where the base cannot be opened, the device is absent or
+    bitsandbytes is missing.
     """
     place = pick_device(device)
     base = folder_of(base)
@@ -85,9 +87,8 @@ def load_pipeline(
     report = None
     if precision not in DTYPES:
         weights = WeightFiles(base / next(iter(empty))) if empty else None
-        report = quantize(
-            denoiser_of(pipe), precision, compute_dtype=dtype, device=place, keep=_kept(pipe), weights=weights
-        )
+        told: dict[str, Any] = {"compute_dtype": dtype, "device": place, "keep_adaln": keep_adaln}
+        report = quantize(denoiser_of(pipe), precision, keep=_kept(pipe), weights=weights, **told)
     if text_encoders is not None:
         read = {name: weights for name, (_, weights) in encoders.items()}
         quantize_encoders(pipe, text_encoders, dtype, place, read)

@@ -13,30 +13,45 @@ from torch.autograd.function import once_differentiable
 
 
 class LowRank(torch.autograd.Function):
-    """((x downᵀ) · gate) up, the factors cast to x's dtype. Saves x alone and makes x downᵀ again in backward; where
-    `down` is frozen (LoRA-FA) it saves x downᵀ instead, which has `rank` numbers a token and not `in`."""
+    """((x downᵀ) · gate) up, the factors cast to x's dtype; added in place to `onto` where given.
+
+    Saves x and x downᵀ · gate, which has `rank` numbers a token; where `down` is frozen (LoRA-FA), the latter alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, gate: Tensor, onto: Tensor | None
+    ) -> Tensor:
         hidden = gated(F.linear(x, down.to(x.dtype)), gate)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else hidden, down, up, gate)
-        return hidden @ up.to(x.dtype)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, hidden, down, up, gate)
+        if onto is None:
+            return hidden @ up.to(x.dtype)
+        ctx.mark_dirty(onto)
+        onto.view(-1, onto.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.to(x.dtype))
+        return onto
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
-        saved, down, up, gate = ctx.saved_tensors
-        saved = saved.to(grad.dtype)  # they differ under autocast
-        hidden = gated(F.linear(saved, down.to(saved.dtype)), gate) if ctx.needs_input_grad[1] else saved
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, None, Tensor | None]:
+        x, hidden, down, up, gate = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
         inner = gated(F.linear(grad, up.to(grad.dtype)), gate)
-        grad_up = (hidden.flatten(0, -2).t() @ grad.flatten(0, -2)).to(up.dtype)
-        grad_down = (
-            (inner.flatten(0, -2).t() @ saved.flatten(0, -2)).to(down.dtype) if ctx.needs_input_grad[1] else None
-        )
+        grad_up = (hidden.to(grad.dtype).flatten(0, -2).t() @ rows).to(up.dtype)  # they differ under autocast
+        grad_down = None if x is None else (inner.flatten(0, -2).t() @ x.to(grad.dtype).flatten(0, -2)).to(down.dtype)
         grad_x = inner @ down.to(inner.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_down, grad_up, None
+        return grad_x, grad_down, grad_up, None, grad if ctx.needs_input_grad[4] else None
+
+
+def add_trained(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    """`out` and the product of a linear layer's pair, with gradients; in place where nothing stands against it."""
+    plain = (
+        out.dtype == x.dtype and out.is_contiguous() and not out._is_view() and not (out.is_leaf and out.requires_grad)
+    )
+    if plain and not torch.compiler.is_compiling():
+        return LowRank.apply(x, down, up, gate, out)
+    return out + LowRank.apply(x, down, up, gate, None).to(out.dtype)
 
 
 def pair_norm(down: Tensor, up: Tensor, scale: float = 1.0) -> float:
@@ -114,13 +129,23 @@ def _acting(gate: Tensor) -> Tensor | None:
 
 
 def add_convolution(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor, how: dict[str, Any]) -> Tensor:
-    """The same for a convolution, `how` it goes over the picture."""
-    hidden = F.conv2d(x, down.to(x), **how)  # (batch, R, height, width)
+    """The same for a convolution, `how` it goes over the picture or video."""
+    hidden = convolve(x, down.to(x), how)  # (batch, R[, frames], height, width)
     columns = over_pixels(gate.to(x.device)[None, None] if gate.dim() == 1 else gate.to(x.device), hidden)
-    return out + F.conv2d(gated(hidden, columns), up.to(x).t()[:, :, None, None]).to(out.dtype)
+    return out + convolve(gated(hidden, columns), over_places(up.to(x).t(), hidden)).to(out.dtype)
+
+
+def convolve(x: Tensor, weight: Tensor, how: dict[str, Any] | None = None) -> Tensor:
+    """`x` (batch, in[, frames], height, width) times a weight with as many axes, `how` as for `F.conv2d`."""
+    return (F.conv3d if weight.dim() == 5 else F.conv2d)(x, weight, **(how or {}))
+
+
+def over_places(matrix: Tensor, image: Tensor) -> Tensor:
+    """`matrix` (a, b) with an axis of length 1 for each that `image` has behind its channels."""
+    return matrix[(..., *(None,) * (image.dim() - 2))]
 
 
 def over_pixels(gate: Tensor, image: Tensor) -> Tensor:
-    """A gate by place, (batch or 1, 1 or places, R), as it multiplies an image of R channels."""
-    columns = gate.transpose(1, 2)  # (batch or 1, R, 1 or height·width)
-    return columns[..., None] if columns.shape[2] == 1 else columns.unflatten(2, image.shape[-2:])
+    """A gate by place, (batch or 1, 1 or places, R), as it multiplies an image or a video of R channels."""
+    columns = gate.transpose(1, 2)  # (batch or 1, R, 1 or all places)
+    return over_places(columns[..., 0], image) if columns.shape[2] == 1 else columns.unflatten(2, image.shape[2:])

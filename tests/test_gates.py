@@ -21,13 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_diffusion import Adapter, AdapterStack
-from lora_diffusion.dial import Dial
 from lora_diffusion.errors import ConfigError, TargetError
 from lora_diffusion.gates import (
     Call,
     Keyframes,
     Region,
-    Resolved,
     Window,
     linear,
     parse_schedule,
@@ -36,10 +34,8 @@ from lora_diffusion.gates import (
     spell_weight,
 )
 from lora_diffusion.gates.blocks import blocks_of, layers_of
-from lora_diffusion.lora import Slot, place
 from lora_diffusion.methods.lora import LoRA
-from lora_diffusion.pairs import Pair
-from lora_diffusion.products import WeightByImage, add_linear
+from lora_diffusion.products import add_linear
 from lora_diffusion.targets import find_targets
 from tests import tiny
 
@@ -215,39 +211,6 @@ def test_images_that_meet_their_own_rows_alone_get_the_same_sum(acting: int) -> 
     shown = out.transpose(1, 2).contiguous().transpose(1, 2)  # cannot be added to in place
     torch.testing.assert_close(add_linear(x, shown, down, up, gate), expected)
     assert torch.equal(add_linear(x, out.clone(), down, up, torch.zeros(3, 1, 8)), out)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [3, 400])
-@pytest.mark.parametrize("mixes", [((1.0, 0.0), (0.0, 0.7)), ((0.5, 0.3), (0.2, -1.0)), ((0.0, 0.0), (1.0, 0.0))])
-def test_images_with_their_own_mixes_are_each_as_if_alone(mixes: Any, tokens: int, dtype: torch.dtype) -> None:
-    random = torch.Generator().manual_seed(tokens)
-    layer = torch.nn.Linear(24, 32).to(dtype)
-    frozen = layer.weight
-    slot = Slot(layer, [Pair(n, torch.randn(4, 24) / 5, torch.randn(32, 4) / 5, 0.5) for n in "ab"])
-    close = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
-    place(layer, slot)
-    x, dial = torch.randn(4, tokens, 24, generator=random).to(dtype), Dial("unet", layer, None)
-    with torch.inference_mode():
-        dial.bind({"layer": slot}, {name: Resolved(tuple(m[i] for m in mixes)) for i, name in enumerate("ab")})
-        merging, outs = list[type](), [layer(x), layer(x)]
-        hook = layer.register_forward_pre_hook(lambda one, given: merging.append(type(one.weight)))
-        layer(x)
-        hook.remove()
-        assert (merging == [WeightByImage]) is (tokens * (24 + 32) > 24 * 32)
-        for image in range(4):  # the mixes serve the batch twice, as classifier-free guidance has it
-            dial.turn({name: Resolved(mixes[image % 2][i]) for i, name in enumerate("ab")})
-            alone = layer(x[image : image + 1])
-            for out in outs:
-                torch.testing.assert_close(out[image : image + 1], alone, **close)
-        dial.turn({name: Resolved((1.0, 0.5, 1.0)) for name in "ab"})
-        with pytest.raises(ConfigError, match="3 weights by image"):
-            layer(x)
-    assert layer.weight is frozen
-    dial.turn({name: Resolved((1.0, 0.5)) for name in "ab"})
-    y = x.clone().requires_grad_()
-    layer(y).float().sum().backward()  # what was made in inference mode is not used again here
-    assert y.grad is not None
 
 
 @pytest.mark.parametrize("build", [tiny.sd, tiny.sd3, tiny.flux])

@@ -103,21 +103,34 @@ def test_gradients_equal_plain_autograd() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_training_saves_only_the_input() -> None:
+def test_training_saves_the_input_and_a_row_of_rank_numbers() -> None:
     layer = nn.Linear(32, 32).requires_grad_(False)
     slot = Slot(layer, [pair(layer, 4)], trainable=True)
     x = torch.randn(64, 32, requires_grad=True)
-    held: set[tuple[int, int]] = set()
+    held: list[tuple[int, int]] = []
     owned = {slot.down.data_ptr(), slot.up.data_ptr(), slot.gate.data_ptr(), layer.weight.data_ptr()}
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in owned:
-            held.add((tensor.data_ptr(), tensor.nbytes))
+            held.append((tensor.data_ptr() if tensor.shape == x.shape else 0, tensor.nbytes))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        slot(x, layer(x))
-    assert held == {(x.data_ptr(), x.nbytes)}
+        out = layer(x)
+        assert slot(x, out) is out  # added in place
+    assert held == [(x.data_ptr(), x.nbytes), (0, 64 * 4 * 4)]
+
+
+def test_what_cannot_be_added_to_in_place_gets_the_same_gradients() -> None:
+    layer = nn.Linear(8, 8)
+    slot, x = Slot(layer, [pair(layer, 4)], trainable=True), torch.randn(3, 5, 8, requires_grad=True)
+    found: list[tuple[Tensor, ...]] = []
+    for shown in (lambda out: out, lambda out: out.transpose(0, 1).contiguous().transpose(0, 1), lambda out: out[:]):
+        out = slot(x, shown(layer(x)))
+        wanted = (x, slot.down, slot.up, layer.weight)
+        found.append((out, *torch.autograd.grad((out * out.detach()).sum(), wanted)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
 
 
 def test_dropout_acts_in_rank_space_and_only_while_training() -> None:

@@ -33,7 +33,7 @@ def plan(
     """
     from rich.console import Console
 
-    from lora_diffusion.inspection.memory import GIB, RESERVE, plan_memory, ways_to_fit
+    from lora_diffusion.inspection.memory import GIB, RESERVE, encoding_with, plan_memory, ways_to_fit
     from lora_diffusion.training.config import TrainConfig
 
     console, read = Console(), TrainConfig.load(config, settings or [])
@@ -41,12 +41,17 @@ def plan(
     made = plan_memory(read, gpu=on_gpu)
     console.print(_table(made))
     console.print(f"before training, while pictures and captions are encoded: {_size(made.encoding)}")
+    if made.report is not None:
+        console.print(f"\nlayers of the denoiser, {made.report}\n", highlight=False, markup=False)
     if gpu is None:
         return
     limit = gpu * GIB - RESERVE
     into = f"into {gpu:g} GiB, of which CUDA and gaps take {_size(RESERVE)}"
     if made.encoding > limit:
-        console.print(f"encoding does not fit {into}: VAE and text encoders stay in {made.dtype}")
+        console.print(f"encoding does not fit {into}")
+    if made.encoding > limit and read.backbone.text_encoders is None:
+        packed = encoding_with(read.changed("backbone.text_encoders=nf4"), made.waiting, gpu=on_gpu)
+        console.print(f"  backbone.text_encoders=nf4  ->  {_size(packed)}", highlight=False)
     if made.this_run.peak <= limit:
         console.print(f"training fits {into}")
         return

@@ -83,13 +83,21 @@ class _Live:
         flat = same_layer(name)
         candidates = self._flat.get(flat, ())
         if name in candidates or len(candidates) == 1:  # most files need no table of originals
-            return Place((name if name in candidates else candidates[0],))
+            exact = name if name in candidates else candidates[0]
+            if _holds_numbers(self.modules[exact]) or flat not in self._by_original:
+                return Place((exact,))
+            candidates = ()  # Wan's norm3 is Diffusers' norm2, whose own norm3 has nothing to adapt
         found = [(c, Place((c,))) for c in candidates] or self._by_original.get(flat)
         found = found or self._by_tower.get(_bare(flat), ())
         for other, place in found[1:]:
             if place != found[0][1]:  # one layer may have several original names that flatten alike
                 raise AdapterMismatchError(f"{name!r} could be {found[0][0]!r} or {other!r} of the model")
         return found[0][1] if found else None
+
+
+def _holds_numbers(module: nn.Module) -> bool:
+    own = vars(module)
+    return any(tensor is not None for kind in ("_parameters", "_buffers") for tensor in own[kind].values())
 
 
 #: levels round the layers of a language model: ForCausalLM and models of pictures and text have them, others not

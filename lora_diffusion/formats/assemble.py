@@ -54,6 +54,8 @@ _RANK: dict[str, tuple[tuple[str, int], ...]] = {
     "bottleneck": (("down", 0),),
     "tlora": (("down", 0),),
 }
+#: norms whose whole weight Diffusers keeps beside a Control LoRA, under its plain name
+_WHOLE_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 _WHOLE_NUMBERS = ("on_input", "shape", "projection")
 
 
@@ -117,6 +119,8 @@ def _components(names: list[Key]) -> dict[str, str]:
 def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> LayerAdapter | None:
     parts = dict(group.parts)
     alpha = parts.pop("alpha", None)
+    if group.methods == {"ia3"} and parts.keys() == {"weight"} and group.layer.endswith(_WHOLE_NORMS):
+        group.methods, parts = {"set"}, {"value": parts["weight"]}
     method = _method(group.methods, parts)
     tensors = _plain_if_alone(_with_magnitude({part: tensor for part, (_, tensor) in parts.items()}))
     problem = _problem(group.methods, method, tensors)

@@ -23,7 +23,7 @@ from lora_diffusion.formats.embeddings import bundled
 from lora_diffusion.formats.keys import numbered_as
 from lora_diffusion.formats.kohya import layer_tensors
 
-_STARTS = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
+_STARTS = ("diffusion_model.", "model.diffusion_model.", "text_encoders.", "text_embedding_projection.")
 _PREFIXES = {
     "unet": "diffusion_model.",
     "transformer": "diffusion_model.",
@@ -31,6 +31,8 @@ _PREFIXES = {
     "text_encoder_2": "text_encoders.clip_g.transformer.",
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
     "text_encoder_4": "text_encoders.llama.transformer.",
+    "text_conditioner": "diffusion_model.llm_adapter.",
+    "connectors": "text_embedding_projection.",
 }
 
 

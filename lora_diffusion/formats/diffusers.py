@@ -74,8 +74,8 @@ def pair_tensors(path: str, layer: LayerAdapter) -> dict[str, Tensor]:
     """One layer's tensors under PEFT's suffixes."""
     tensors = {f"{path}.{_SUFFIXES[part]}": tensor for part, tensor in layer.tensors.items()}
     magnitude = layer.tensors.get("magnitude")
-    if magnitude is not None and layer.tensors["down"].ndim == 4:
-        tensors[f"{path}.{_SUFFIXES['magnitude']}"] = magnitude.reshape(1, -1, 1, 1)
+    if magnitude is not None and layer.tensors["down"].ndim > 2:
+        tensors[f"{path}.{_SUFFIXES['magnitude']}"] = magnitude.reshape(1, -1, *(1,) * (layer.tensors["down"].ndim - 2))
     return tensors
 
 

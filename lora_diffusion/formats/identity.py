@@ -53,6 +53,10 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"joint_blocks_\d+_", "Stable Diffusion 3"),
     (r"single_transformer_blocks_\d+_attn_to_qkv_mlp_proj|double_stream_modulation", "FLUX.2"),
     (r"single_transformer_blocks_\d+_|single_blocks_\d+_|double_blocks_\d+_", "FLUX.1"),
+    (r"blocks_\d+_(attn_(qkv|proj)_[xy]|mlp_[xy]_w\d|mod_[xy])$", "Mochi"),
+    (r"blocks_\d+_attn_w[qkvo]$|txtfusion_|text_fusion_", "Krea 2"),
+    (r"(double|single)_stream_blocks_\d+_", "HiDream"),
+    (r"patchify_proj|av_ca_|av_cross_attn_", "LTX"),
     (r"(double|single)_layers_\d+_|joint_transformer_blocks_", "AuraFlow"),
     (r"transformer_blocks_\d+_(img|txt)_(mlp|mod)", "Qwen-Image"),
     (r"blocks_\d+_(self|cross)_attn_[qkvo]$|condition_embedder_", "Wan"),
@@ -110,7 +114,10 @@ def _transformer(layers: list[tuple[str, int]]) -> Family:
     if name is None:
         return UNKNOWN
     if name == "FLUX.1":
-        return _flux_like(names, widths)
+        found = _flux_like(names, widths)
+        entrance = max((width for name, width in layers if name in ("img_in", "x_embedder")), default=0)
+        wide = f"{found.why}; it reads {entrance} channels and not 64: a Control LoRA, for FluxControlPipeline"
+        return Family(found.name, found.architecture, wide) if found.name == "FLUX.1" and entrance == 128 else found
     if name == "Lumina 2 or Z-Image":
         name = "Z-Image" if 3840 in widths else "Lumina 2" if 2304 in widths else name
     return _family(name, "its layers are named like that")

@@ -97,6 +97,9 @@ PREFIXES: dict[str, str] = {
     "lora_te4_": "text_encoder_4",
     "lora_te_": "text_encoder",
     "lora_prior_unet_": "prior",
+    "lora_unet_llm_adapter_": "text_conditioner",  # Anima's, a component of its own in Diffusers
+    "diffusion_model.llm_adapter.": "text_conditioner",
+    "text_embedding_projection.": "connectors",  # LTX-2's
     "lora_prior_te_": "text_encoder",
     "lycoris_": DENOISER,
     "base_model.model.": DENOISER,

@@ -44,6 +44,8 @@ _PREFIXES = {
     "text_encoder_2": "lora_te2_",
     "text_encoder_3": "lora_te3_",
     "text_encoder_4": "lora_te4_",
+    "prior": "lora_prior_unet_",
+    "text_conditioner": "lora_unet_llm_adapter_",
 }
 _PAIR = {"down": "lora_down.weight", "up": "lora_up.weight"}
 _MAGNITUDE = {"magnitude": "dora_scale"}
@@ -97,7 +99,8 @@ class Kohya:
         """Tensors and metadata. AdapterFileError for what has no kohya name: tokens, other components or methods."""
         who = f"adapter {adapter.name!r}"
         check_components(adapter, _PREFIXES, "kohya")
-        prefixes = {**_PREFIXES, "text_encoder": "lora_te_"} if _has_one_encoder(adapter) else _PREFIXES
+        first = "lora_prior_te_" if "prior" in adapter.layers else "lora_te_"
+        prefixes = {**_PREFIXES, "text_encoder": first} if _has_one_encoder(adapter) else _PREFIXES
         prefixes = {component: prefixes[numbered_as(component, adapter.layers)] for component in adapter.layers}
         tensors = bundled(adapter.embeddings, who)
         in_lists = any("blocks.0" in layer.tensors for *_, layer in adapter)

@@ -35,6 +35,8 @@ class Call:
         """The mask at a layer whose input is (batch, *shape, features): (tokens,), or (1,) where it has no place."""
         if len(shape) == 2:
             return self._resampled(region, (shape[0], shape[1]))
+        if len(shape) > 2:  # a video's
+            return torch.tensor([region.mean])
         text = self.text if shape and not _TEXT.search(layer) else 0
         for extra in (0, text):
             grid = self._level(shape[0] - extra) if shape and not _TEXT.search(layer) else None

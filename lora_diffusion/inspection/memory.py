@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from torch.utils.hooks import RemovableHandle
 from lora_diffusion.attachment import attach
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import Family, family_of
-from lora_diffusion.families.skeletons import skeleton_of
+from lora_diffusion.inspection.emptied import cast, empty_pipeline, small_files
 from lora_diffusion.inspection.rehearsal import Rehearsal, put_words_in
 from lora_diffusion.methods import new_method
 from lora_diffusion.pipelines import DTYPES, pick_device, quantize_encoders, quiet
-from lora_diffusion.quantize import quantize, weight_bytes
+from lora_diffusion.quantize import QuantizationReport, quantize, weight_bytes
 from lora_diffusion.training.adapting import encoders_for
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loop import turn_on_checkpointing
@@ -35,9 +34,10 @@ from lora_diffusion.training.optimizers import optimizer_bytes
 from lora_diffusion.training.sections import TextConfig
 from lora_diffusion.training.words import encoders_for_words
 
-__all__ = ["Cost", "MemoryPlan", "plan_memory", "ways_to_fit"]
+__all__ = ["Cost", "MemoryPlan", "encoding_with", "plan_memory", "ways_to_fit"]
 
 GIB = 2**30
+CAPTION = " word" * 60  # where the cost depends on the length of captions
 RESERVE = 0.6 * GIB  # CUDA's context and the allocator's gaps, on a GPU with nothing else on it
 
 
@@ -69,7 +69,9 @@ class MemoryPlan:
     dtype: str
     columns: tuple[Cost, ...]
     this_run: Cost
+    waiting: int  # bytes of the denoiser alone
     encoding: int  # bytes at its peak: VAE, text encoders and the waiting denoiser
+    report: QuantizationReport | None = None  # what becomes of each layer; None where none is quantised
 
     @property
     def peak(self) -> int:
@@ -89,7 +91,14 @@ def plan_memory(config: TrainConfig, *, gpu: bool | None = None) -> MemoryPlan:
         columns.append(stage.cost("LoRA over int8", config, "int8"))
     chosen = {"nf4": columns[2], "int8": columns[-1]}.get(config.backbone.precision, columns[1])
     kind, numbers = type(stage.denoiser).__name__, sum(p.numel() for p in stage.denoiser.parameters())
-    return MemoryPlan(kind, numbers, dense, tuple(columns), chosen, stage.encoding(chosen.weights))
+    report = stage.report if config.backbone.precision not in DTYPES else None
+    waiting = chosen.weights - (stage.encoder_bytes() if config.text.live else 0)
+    return MemoryPlan(kind, numbers, dense, tuple(columns), chosen, waiting, stage.encoding(waiting), report)
+
+
+def encoding_with(config: TrainConfig, waiting: int, *, gpu: bool | None = None) -> int:
+    """Bytes at the peak of encoding as `config` says, beside a denoiser of `waiting` bytes."""
+    return _Stage(config, _on_gpu(gpu)).encoding(waiting)
 
 
 def ways_to_fit(config: TrainConfig, limit: float, *, gpu: bool | None = None) -> list[tuple[str, Cost]]:
@@ -135,26 +144,30 @@ class _Stage:
     """A pipeline without weights, and the step that is rehearsed on its denoiser."""
 
     def __init__(self, config: TrainConfig, gpu: bool) -> None:
-        self.pipe = _empty_pipeline(_folder_of(config.base))
+        self.pipe = empty_pipeline(small_files(config.base))
         self.family: Family = family_of(self.pipe)
         self.objective = objective_for(self.family, self.pipe.scheduler)
         self.gpu, self.dtype = gpu, _dtype(config, gpu)
         self.denoiser: nn.Module = getattr(self.pipe, self.family.denoiser)
         for part in self._models():
-            _cast(part, self.dtype)
+            cast(part, self.dtype)
         if config.backbone.text_encoders is not None:
             quantize_encoders(self.pipe, config.backbone.text_encoders, self.dtype, "meta")
         self.resolution = _largest(config)
+        self.report: QuantizationReport | None = None  # of the last denoiser that was quantised
 
     def cost(self, name: str, config: TrainConfig, precision: Any) -> Cost:
         """One training step's cost; without precision all of the denoiser is trained."""
         with torch.device("meta"):
             denoiser: Any = type(self.denoiser).from_config(self.denoiser.config)  # type: ignore[attr-defined]
-        _cast(denoiser, self.dtype)
+        cast(denoiser, self.dtype)
         if precision in DTYPES:
             denoiser.requires_grad_(False)
         elif precision is not None:
-            quantize(denoiser, precision, compute_dtype=self.dtype, device="meta")
+            told: dict[str, Any] = {"compute_dtype": self.dtype, "device": "meta"}
+            self.report = quantize(
+                denoiser, precision, keep=self.family.kept, keep_adaln=config.backbone.keep_adaln, **told
+            )
         weights = weight_bytes(denoiser)
         trained = list(denoiser.parameters()) if precision is None else _adapter(denoiser, config, self.family)
         live = precision is not None and config.text.live
@@ -163,7 +176,7 @@ class _Stage:
             if config.train.checkpointing:
                 turn_on_checkpointing(denoiser)
             peak, size = self._rehearse(denoiser, config, live), sum(p.nbytes for p in trained)
-            weights += sum(map(weight_bytes, self._encoders())) if live else 0
+            weights += self.encoder_bytes() if live else 0
         peak = max(peak, 2 * size if self.gpu else size)  # on GPUs AdamW works on all parameters at once
         count = sum(p.numel() for p in trained)
         if precision is None:
@@ -177,7 +190,7 @@ class _Stage:
         others = sum(weight_bytes(part) for part in self._models() if part is not self.denoiser)
         with Rehearsal() as rehearsal, torch.no_grad():
             self._inputs(1, self.resolution)
-            self.family.encode_prompts(self.pipe, [""] * 16)
+            self._encoded(16)
         return waiting + others + rehearsal.peak
 
     @contextmanager
@@ -200,16 +213,17 @@ class _Stage:
         names, count = encoders_for_words(self.pipe, self.family.text_encoders), len(text.tokens) * text.token_vectors
         return [put_words_in(getattr(self.pipe, name).get_input_embeddings(), count) for name in names]
 
-    def _encoders(self) -> list[nn.Module]:
+    def encoder_bytes(self) -> int:
+        """Of the text encoders' weights."""
         found = (getattr(self.pipe, name, None) for name in self.family.text_encoders)
-        return [part for part in found if isinstance(part, nn.Module)]
+        return sum(weight_bytes(part) for part in found if isinstance(part, nn.Module))
 
     def _rehearse(self, denoiser: nn.Module, config: TrainConfig, live: bool) -> int:
         """Bytes at the peak of a step's forward and backward passes, gradients included.
 
         A second batch or a prior's loss comes when gradients are there already.
         """
-        with torch.no_grad():
+        with Rehearsal(), torch.no_grad():
             latents, conditioning = self._inputs(config.train.batch, _largest(config))
         times = self.objective.draw(config.train.batch, torch.Generator())
         passes = 1 + (config.train.accumulate > 1 or config.prior.kind != "none")
@@ -217,7 +231,7 @@ class _Stage:
             noise = torch.empty_like(latents)
             for _ in range(passes):
                 if live:
-                    conditioning |= self.family.encode_prompts(self.pipe, [""] * config.train.batch)
+                    conditioning |= self._encoded(config.train.batch)
                 loss = losses(self.family, self.objective, denoiser, latents, conditioning, noise, times).mean()
                 loss.backward()
                 del loss
@@ -226,11 +240,17 @@ class _Stage:
     def _inputs(self, batch: int, resolution: int) -> tuple[Tensor, dict[str, Tensor]]:
         pictures = torch.empty(batch, 3, resolution, resolution, device="meta")
         try:
-            conditioning = self.family.encode_prompts(self.pipe, [""] * batch)
+            conditioning = self._encoded(batch)
+            if self.family.sized:
+                conditioning["time_ids"] = torch.empty(batch, 6, device="meta", dtype=self.dtype)
             return self.family.encode_pictures(self.pipe, pictures), conditioning
         except RuntimeError as error:  # what depends on values has none here
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{self.family.name} cannot be planned without its weights: {reason}") from None
+
+    def _encoded(self, batch: int) -> dict[str, Tensor]:
+        with quiet():  # a caption that is longer than its encoder takes
+            return self.family.encode_prompts(self.pipe, [CAPTION] * batch)
 
     def _models(self) -> list[nn.Module]:
         return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
@@ -241,8 +261,10 @@ def _adapter(denoiser: nn.Module, config: TrainConfig, family: Family) -> list[n
     given = config.adapter
     if given.targets == []:
         return []
-    method = new_method(given.method, given.settings, rank=given.rank, alpha=given.alpha, rslora=given.rslora)
-    attachment = attach(denoiser, method, given.targets, component=family.denoiser, dropout=given.dropout)
+    named: dict[str, Any] = {"rank": given.rank, "alpha": given.alpha, "rslora": given.rslora}
+    method = new_method(given.method, given.settings, freeze_down=given.freeze_down, **named)
+    told: dict[str, Any] = {"dropout": given.dropout, "ranks": given.ranks, "alphas": given.alphas}
+    attachment = attach(denoiser, method, given.targets, component=family.denoiser, **told)
     for slot in attachment.slots.values():
         slot.to("meta").train()
     return attachment.parameters()
@@ -250,39 +272,6 @@ def _adapter(denoiser: nn.Module, config: TrainConfig, family: Family) -> list[n
 
 def _largest(config: TrainConfig) -> int:
     return max(config.data.resolution, *config.data.resolutions, 0)
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    with quiet():  # Diffusers warns of modules that are better kept in float32, and lists none
-        model.to(dtype).eval()
-
-
-def _empty_pipeline(folder: Path) -> Any:
-    models = skeleton_of(folder)
-    with quiet():
-        from diffusers import DiffusionPipeline
-
-        try:
-            pipe = DiffusionPipeline.from_pretrained(folder, **models)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"base {str(folder)!r} cannot be opened: {str(error).splitlines()[0]}") from None
-    for model in models.values():
-        model.requires_grad_(False).eval()
-    return pipe
-
-
-def _folder_of(base: str) -> Path:
-    """A local folder, or the hub's small files (no weights) of a repository."""
-    folder = Path(base).expanduser()
-    if folder.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(base, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"base {base!r} is no folder here and cannot be looked up: {reason}") from None
 
 
 def _dtype(config: TrainConfig, gpu: bool) -> torch.dtype:

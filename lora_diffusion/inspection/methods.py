@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from lora_diffusion.errors import ConfigError, TargetError
-from lora_diffusion.layers import is_attention, is_norm, kernel_shape, weight_shape
+from lora_diffusion.layers import is_attention, is_norm, weight_shape
 from lora_diffusion.methods import METHODS, Method, new_method
 from lora_diffusion.targets import Targets, find_targets
 
@@ -119,4 +119,6 @@ def _like(layer: nn.Module) -> nn.Module:
     bias = getattr(layer, "bias", None) is not None
     if not kernel:
         return nn.Linear(width, out, bias=bias)
-    return nn.Conv2d(width, out, (kernel_shape(layer)[1], kernel_shape(layer)[2]), bias=bias)
+    if len(kernel) == 3:
+        return nn.Conv3d(width, out, (kernel[0], kernel[1], kernel[2]), bias=bias)
+    return nn.Conv2d(width, out, (kernel[0], kernel[1]), bias=bias)

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Rehearsal", "put_words_in"]
+
+_aten: Any = torch.ops.aten
 
 
 class Rehearsal(TorchDispatchMode):
@@ -44,7 +46,7 @@ class Rehearsal(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         before = {id(_storage(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = func(*args, **(kwargs or {}))
+        out = _with_values(func, args, dict(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and id(_storage(leaf)) not in before:
                 self._count(_storage(leaf))
@@ -65,6 +67,36 @@ class Rehearsal(TorchDispatchMode):
             self.live -= size
 
         return gone
+
+
+def _with_values(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The operation itself, but what has values keeps them: how long captions are decides what is computed.
+
+    Token ids, masks and positions stay on the CPU when they are to go to the meta device, and are copied there where
+    they meet a tensor that is there. Whether a lost mask is all ones is answered with yes.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)]
+    if func is _aten._to_copy.default and named.get("device") is not None:
+        named["device"] = tensors[0].device
+        return func(*args, **named)
+    if func.overloadpacket is _aten.arange and _is_meta(named.get("device")):
+        named["device"] = "cpu"
+    if func is _aten._local_scalar_dense.default and tensors[0].is_meta and tensors[0].dtype == torch.bool:
+        return True
+    if any(tensor.is_meta for tensor in tensors) and not all(tensor.is_meta for tensor in tensors):
+        if func is _aten.index.Tensor:
+            args = (args[0], [i for index in args[1] for i in _positions(index)])
+        args, named = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, named))
+    return func(*args, **named)
+
+
+def _positions(index: Tensor | None) -> list[Tensor | None]:
+    """A mask's as indices, one a dimension, which have a length where the mask has values."""
+    return [index] if index is None or index.is_meta or index.dtype != torch.bool else list(index.nonzero().unbind(1))
+
+
+def _is_meta(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "meta"
 
 
 def put_words_in(table: nn.Module, count: int) -> tuple[nn.Parameter, RemovableHandle]:

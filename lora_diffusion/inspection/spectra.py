@@ -73,7 +73,7 @@ def _of_pair(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _of_tucker_pair(tensors: Mapping[str, Tensor]) -> Tensor:
-    inner = torch.einsum("abkl,bi->aikl", tensors["mid"], tensors["down"].flatten(1))
+    inner = torch.einsum("ab...,bi->ai...", tensors["mid"], tensors["down"].flatten(1))
     return _of_product(tensors["up"].flatten(1), inner.flatten(1))
 
 

@@ -73,6 +73,7 @@ METHODS: Registry[type[Method]] = Registry(
         "oft": "lora_diffusion.methods.oft:OFT",
         "full": "lora_diffusion.methods.full:Full",
         "norm": "lora_diffusion.methods.norm:Norm",
+        "set": "lora_diffusion.methods.replaced:Set",
         "bottleneck": "lora_diffusion.methods.bottleneck:Bottleneck",
         "prefix": "lora_diffusion.methods.prefix:Prefix",
     },

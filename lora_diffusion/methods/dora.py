@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.branches import convolved, pointwise, product
-from lora_diffusion.layers import compute_dtype, kernel_shape, weight_shape
+from lora_diffusion.layers import CONVOLUTIONS, compute_dtype, kernel_shape, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch, decomposed, squares, weight_norm
 from lora_diffusion.methods.lora import LoRA
@@ -50,7 +50,7 @@ class DoRABranch(DeltaBranch):
         if self.squares is None or self.squares.device != self.held["up"].device:
             self.squares = squares(dequantize(layer))
         down, up = self.held["down"].flatten(1).float(), self.held["up"].flatten(1).float()
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, CONVOLUTIONS):
             rows = down @ dequantize(layer).flatten(1).t()
         else:
             rows = product(layer, self.held["down"].flatten(1).to(compute_dtype(layer))).float()

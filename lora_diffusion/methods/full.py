@@ -43,7 +43,7 @@ class Full:
 
     @staticmethod
     def supports(layer: nn.Module) -> bool:
-        """Linear layers of any precision and one-group 2-D convolutions."""
+        """Linear layers of any precision and one-group convolutions."""
         return is_linear(layer) or is_convolution(layer)
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:

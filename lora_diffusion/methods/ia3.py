@@ -47,14 +47,14 @@ class IA3:
 
     @staticmethod
     def supports(layer: nn.Module) -> bool:
-        """Linear layers of any precision and one-group 2-D convolutions."""
+        """Linear layers of any precision and one-group convolutions."""
         return is_linear(layer) or is_convolution(layer)
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """Zeros."""
         shape = weight_shape(layer)
         size = shape[1] if self.on_input else shape[0]
-        weight = torch.zeros((size,) if len(shape) == 2 else (1, size, 1, 1))
+        weight = torch.zeros((size,) if len(shape) == 2 else (1, size, *(1 for _ in shape[2:])))
         return LayerAdapter(self.name, {"weight": weight, "on_input": torch.tensor(int(self.on_input))})
 
     @staticmethod

@@ -29,7 +29,7 @@ class LoConBranch(DeltaBranch):
     def delta(self, layer: nn.Module) -> Tensor:
         """The formula above."""
         return self.scale * torch.einsum(
-            "abkl,oa,bi->oikl", self.held["mid"], self.held["up"].flatten(1), self.held["down"].flatten(1)
+            "ab...,oa,bi->oi...", self.held["mid"], self.held["up"].flatten(1), self.held["down"].flatten(1)
         )
 
     def delta_product(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -53,10 +53,11 @@ class LoCon(Ranked):
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """`down` and `mid` Kaiming-uniform, `up` zero."""
         out, width, *kernel = weight_shape(layer)
+        ones = (1,) * len(kernel)
         tensors = {
-            "down": kaiming((self.rank, width, 1, 1), generator),
+            "down": kaiming((self.rank, width, *ones), generator),
             "mid": kaiming((self.rank, self.rank, *kernel), generator),
-            "up": torch.zeros(out, self.rank, 1, 1),
+            "up": torch.zeros(out, self.rank, *ones),
         }
         return LayerAdapter(self.name, tensors, self.stored_alpha, "tensor")
 
@@ -65,7 +66,7 @@ class LoCon(Ranked):
         """None where all three fit the layer."""
         out, width, *kernel = weight_shape(layer)
         rank = adapter.tensors["down"].shape[0]
-        expected = {"down": (rank, width, 1, 1), "mid": (rank, rank, *kernel), "up": (out, rank, 1, 1)}
+        expected = {"down": (rank, width), "mid": (rank, rank, *kernel), "up": (out, rank)}
         return check_shapes(adapter, layer, expected)
 
     @staticmethod
@@ -82,5 +83,5 @@ class LoCon(Ranked):
     def delta(cls, adapter: LayerAdapter, layer: nn.Module) -> Tensor:
         """The formula above, float32; with a magnitude the decomposed change."""
         down, mid, up = (adapter.tensors[key].float() for key in ("down", "mid", "up"))
-        delta = torch.einsum("abkl,oa,bi->oikl", mid, up.flatten(1), down.flatten(1)) * cls.scale(adapter)
+        delta = torch.einsum("ab...,oa,bi->oi...", mid, up.flatten(1), down.flatten(1)) * cls.scale(adapter)
         return decomposed(dequantize(layer), delta, adapter.tensors.get("magnitude"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.layers import weight_shape
+from lora_diffusion.layers import CONVOLUTIONS, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch, decomposed
 from lora_diffusion.methods.loha import tucker
@@ -60,7 +60,7 @@ class LoKrBranch(DeltaBranch):
 
     def delta_product(self, layer: nn.Module, x: Tensor) -> Tensor:
         """s · w1 X w2ᵀ with the row x as the matrix X (c, d)."""
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, CONVOLUTIONS):
             return super().delta_product(layer, x)
         first, second = factors(dict(self.held.items()))
         inner = F.linear(x.unflatten(-1, (first.shape[1], -1)), second.flatten(1).to(x.dtype))

@@ -27,13 +27,18 @@ class NormBranch(Branch):
         """normalised(x) · w_norm + b_norm."""
         scale, shift = (self.held[key].to(x.dtype) if key in self.held else None for key in ("w_norm", "b_norm"))
         scale = torch.zeros_like(layer.weight, dtype=x.dtype) if scale is None else scale  # type: ignore[arg-type]
-        if isinstance(layer, nn.LayerNorm):
-            return F.layer_norm(x, layer.normalized_shape, scale, shift, layer.eps)
-        if isinstance(layer, nn.GroupNorm):
-            return F.group_norm(x, layer.num_groups, scale, shift, layer.eps)
-        eps: Any = layer.eps
-        normed = F.rms_norm(x, tuple(scale.shape), scale, eps)
-        return normed if shift is None else normed + shift
+        return normalised(layer, x, scale, shift)
+
+
+def normalised(layer: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """What the layer makes of `x` with another scale and shift, both in the dtype of `x`."""
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, scale, shift, layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, scale, shift, layer.eps)
+    eps: Any = layer.eps
+    normed = F.rms_norm(x, tuple(scale.shape), scale, eps)
+    return normed if shift is None else normed + shift
 
 
 @dataclass(frozen=True)

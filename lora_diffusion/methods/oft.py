@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.branches import Branch, by_channel, without_bias
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.layers import is_convolution, is_linear, out_width, weight_shape
+from lora_diffusion.layers import CONVOLUTIONS, is_convolution, is_linear, out_width, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.lokr import factorization
 from lora_diffusion.quantize import dequantize
@@ -60,7 +60,7 @@ class OFTBranch(Branch):
         """Needs the base output alone."""
         base = without_bias(layer, out)
         less_one = self.constant(lambda: turn_less_one(self.held["blocks"], self.scale))
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, CONVOLUTIONS):
             change = turned(base.movedim(1, -1), less_one).movedim(-1, 1)
         else:
             change = turned(base, less_one)
@@ -92,7 +92,7 @@ class OFT:
 
     @staticmethod
     def supports(layer: nn.Module) -> bool:
-        """Linear layers of any precision and one-group 2-D convolutions."""
+        """Linear layers of any precision and one-group convolutions."""
         return is_linear(layer) or is_convolution(layer)
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:

@@ -40,7 +40,7 @@ class Ranked:
 
     @staticmethod
     def supports(layer: nn.Module) -> bool:
-        """Linear layers of any precision and one-group 2-D convolutions."""
+        """Linear layers of any precision and one-group convolutions."""
         return is_linear(layer) or is_convolution(layer)
 
 

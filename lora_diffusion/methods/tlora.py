@@ -20,10 +20,11 @@ from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.branches import convolved, pointwise
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.gates.fading import STEEPEST, Fading
-from lora_diffusion.layers import kernel_shape, weight_shape
+from lora_diffusion.layers import CONVOLUTIONS, kernel_shape, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch
 from lora_diffusion.methods.ranked import Ranked, alpha_over, check_shapes, on_host
+from lora_diffusion.products import over_places
 from lora_diffusion.quantize import dequantize
 
 TRIPLE = ("down", "sigma", "up")
@@ -59,7 +60,8 @@ class TLoRABranch(DeltaBranch):
         if len(keep) != len(hidden):
             raise ConfigError(f"tlora: noise of {len(keep)} pictures for a layer that is given {len(hidden)} rows")
         keep, others = keep.to(hidden), (1,) * (hidden.dim() - 2)
-        return hidden * (keep[:, :, None, None] if isinstance(layer, nn.Conv2d) else keep.view(len(keep), *others, -1))
+        by_channel = over_places(keep, hidden) if isinstance(layer, CONVOLUTIONS) else keep.view(len(keep), *others, -1)
+        return hidden * by_channel
 
 
 @dataclass(frozen=True)

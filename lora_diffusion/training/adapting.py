@@ -50,7 +50,7 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
     """
     settings, method = config.adapter, _method(config.adapter)
     if settings.targets == []:
-        attachment = Attachment(denoiser, component, {}, {})
+        attachment = Attachment(denoiser, component, {}, {}, {})
         denoiser.requires_grad_(False)
         return attachment
     attachment = attach(

@@ -9,11 +9,13 @@ noise and dropout are functions of seed and step, so there is no random state to
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,24 @@ from torch import Tensor
 from lora_diffusion.errors import ConfigError, LoraDiffusionError
 
 _NAME = re.compile(r"step-(\d{6,})")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 class CheckpointError(LoraDiffusionError, OSError):
     """A checkpoint could not be written or read; complete ones stay as they are."""
+
+
+@contextmanager
+def writing(folder: Path) -> Generator[None]:
+    """What cannot be written while entered is a CheckpointError that names it, not a bare OSError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LoraDiffusionError) or error.errno not in _FULL:
+            raise
+        kept = find_checkpoints(folder / "checkpoints")
+        last = f"; {kept[-1].name} is complete and stays" if kept else ""
+        raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}{last}") from error
 
 
 @dataclass(frozen=True)

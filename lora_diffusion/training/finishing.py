@@ -82,11 +82,13 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
     return result
 
 
-def save_best(run: Run, loss: float) -> None:
-    """Keep the adapter as it is now as NAME-best.safetensors."""
-    adapter = run.trained.adapter(f"{run.config.name}-best", dtype=DTYPES[run.config.adapter.save_dtype])
-    said = _metadata(run, adapter.name, None, loss)
-    _save(run, adapter, said)
+def save_state(run: Run, title: str, loss: float = math.nan) -> Path:
+    """Keep the adapter as it is now as TITLE.safetensors; `loss` is its held-out one, where that is known."""
+    adapter = run.trained.adapter(title, dtype=DTYPES[run.config.adapter.save_dtype])
+    path, said = _path(run, adapter), _metadata(run, title, None, loss)
+    if run.processes.index == 0:
+        _save(run, adapter, said)
+    return path
 
 
 def _save(run: Run, adapter: Adapter, said: dict[str, str]) -> None:

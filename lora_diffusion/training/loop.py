@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_diffusion.errors import ConfigError, LoraDiffusionError, in_lines, some
+from lora_diffusion.errors import ConfigError, LoraDiffusionError, in_lines
 from lora_diffusion.families import Family, family_of
 from lora_diffusion.pipelines import Opened, load_pipeline
 from lora_diffusion.quantize import fingerprint
@@ -28,10 +28,12 @@ from lora_diffusion.training.checkpoints import (
     find_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    writing,
 )
 from lora_diffusion.training.config import TrainConfig, default_settings
 from lora_diffusion.training.continuing import continue_from
-from lora_diffusion.training.finishing import finish, save_best
+from lora_diffusion.training.diverging import diverged
+from lora_diffusion.training.finishing import finish, save_state
 from lora_diffusion.training.interruption import Interruption
 from lora_diffusion.training.judging import Judge, mean
 from lora_diffusion.training.optimizers import averaged, check_optimizer, optimizer_for, rate_of, restore, state_of
@@ -39,7 +41,7 @@ from lora_diffusion.training.preparation import Prepared, prepare
 from lora_diffusion.training.processes import Processes
 from lora_diffusion.training.rates import rate
 from lora_diffusion.training.recipes import steps_for
-from lora_diffusion.training.results import DivergedError, Listener, Progress, TrainResult
+from lora_diffusion.training.results import Listener, Progress, TrainResult
 from lora_diffusion.training.sections import WatchConfig
 from lora_diffusion.training.trained import Trained
 from lora_diffusion.training.watching import Painter
@@ -55,6 +57,11 @@ def train(config: TrainConfig, listen: Listener = lambda progress: None) -> Trai
     """Train the adapter that `config` describes. Raises LoraDiffusionError subclasses, each with one sentence."""
     check_optimizer(config)
     check_board(config)
+    with writing(config.output):
+        return _trained(config, listen)
+
+
+def _trained(config: TrainConfig, listen: Listener) -> TrainResult:
     processes = Processes(config.backbone.device)
     opened = load_pipeline(
         config.base,
@@ -62,6 +69,7 @@ def train(config: TrainConfig, listen: Listener = lambda progress: None) -> Trai
         compute=config.backbone.compute,
         device=str(processes.device) if processes.count > 1 else config.backbone.device,
         text_encoders=config.backbone.text_encoders,
+        keep_adaln=config.backbone.keep_adaln,
     )
     family = family_of(opened.pipe)
     check_adapter(config.adapter, getattr(opened.pipe, family.denoiser))
@@ -181,7 +189,7 @@ class Run:
         self.processes.average_gradients(self.trained.parameters())
         self.norm = nn.utils.clip_grad_norm_(self.trained.parameters(), settings.clip).item()
         if not (math.isfinite(total) and math.isfinite(self.norm)):
-            raise DivergedError(self._diverged(total, self.norm, names))
+            raise diverged(self, total, self.norm, names)
         self.optimizer.step()
         if course:
             course.after(self.step + 1)
@@ -205,8 +213,8 @@ class Run:
         watch = self.config.watch
         if watch.measure_every and self.step % watch.measure_every == 0:
             loss = mean(self.judge.bands(self.heldout))
-            if loss < min((before for _, before in self.measured), default=math.inf) and self.processes.index == 0:
-                save_best(self, loss)
+            if loss < min((before for _, before in self.measured), default=math.inf):
+                save_state(self, f"{self.config.name}-best", loss)
             self.measured.append((self.step, loss))
             self.board.points(self.step, {"loss/heldout": loss})
         if watch.every and self.step % watch.every == 0 and self.processes.index == 0:
@@ -243,12 +251,6 @@ class Run:
         self.trained.detach()
         unchanged = fingerprint(self.denoiser) == self.before
         return TrainResult(None, self.step, seconds, self.losses, backbone_unchanged=unchanged)
-
-    def _diverged(self, loss: float, norm: float, names: list[str]) -> str:
-        kept = find_checkpoints(self.checkpoints)
-        good = f"{kept[-1].name} is the last good state" if kept else "nothing was saved yet"
-        at = f"step {self.step + 1} (pictures {some(names)})"
-        return f"{at}: loss {loss}, gradient norm {norm}; {good}; try a lower train.lr"
 
 
 def turn_on_checkpointing(denoiser: Any) -> None:

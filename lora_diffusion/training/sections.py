@@ -137,6 +137,8 @@ class BackboneConfig(Section):
     """Linear layers of the denoiser; what stays in 16 bits is listed when training starts."""
     text_encoders: Literal["int8", "nf4"] | None = None
     """Linear layers of the text encoders; None: as they compute."""
+    keep_adaln: bool = False
+    """The linear layers that make scales and shifts of the timestep stay in 16 bits too (a quarter of FLUX.1)."""
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -64,6 +64,43 @@ SANA = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "cap
 SANA |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16, "sample_size": 8}
 HIDREAM = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
 HIDREAM |= {"patch_size": 2, "in_channels": 4, "caption_channels": [32, 32], "text_emb_dim": 32, "llama_layers": [0]}
+HUNYUAN_DIT = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+HUNYUAN_DIT |= {"cross_attention_dim_t5": 32, "pooled_projection_dim": 32, "hidden_size": 32, "sample_size": 16}
+HUNYUAN_DIT |= {"in_channels": 4, "patch_size": 2}
+
+
+def convert_hunyuan_dit(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What Diffusers' script `convert_hunyuandit_to_diffusers.py`, which is not in its package, does to the layers."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in checkpoint.items():
+        if "Wqkv" in key or "kv_proj" in key:
+            parts = ("to_q", "to_k", "to_v") if "Wqkv" in key else ("to_k", "to_v")
+            old = "Wqkv" if "Wqkv" in key else "kv_proj"
+            found |= {key.replace(old, p): t for p, t in zip(parts, tensor.chunk(len(parts)), strict=True)}
+            continue
+        if key.startswith("final_layer.adaLN_modulation.1"):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        for old, new in (
+            ("out_proj", "to_out.0"),
+            ("attn2.q_proj", "attn2.to_q"),
+            ("default_modulation.1", "norm1.linear"),
+            ("mlp.fc1", "ff.net.0.proj"),
+            ("mlp.fc2", "ff.net.2"),
+            ("pooler.", "time_extra_emb.pooler."),
+            ("t_embedder.mlp.0", "time_extra_emb.timestep_embedder.linear_1"),
+            ("t_embedder.mlp.2", "time_extra_emb.timestep_embedder.linear_2"),
+            ("x_embedder", "pos_embed"),
+            ("mlp_t5.0", "text_embedder.linear_1"),
+            ("mlp_t5.2", "text_embedder.linear_2"),
+            ("extra_embedder.0", "time_extra_emb.extra_embedder.linear_1"),
+            ("extra_embedder.2", "time_extra_emb.extra_embedder.linear_2"),
+            ("final_layer.adaLN_modulation.1", "norm_out.linear"),
+            ("final_layer.linear", "proj_out"),
+        ):
+            key = key.replace(old, new)
+        found[key] = tensor
+    return found
+
 
 CASES = {
     "flux": (FluxTransformer2DModel, FLUX, theirs.convert_flux_transformer_checkpoint_to_diffusers),
@@ -100,6 +137,7 @@ CASES = {
         theirs.convert_cosmos_transformer_checkpoint_to_diffusers,
     ),
     "krea2": (diffusers.Krea2Transformer2DModel, KREA2, theirs.convert_krea2_transformer_checkpoint_to_diffusers),
+    "hunyuan-dit": (diffusers.HunyuanDiT2DModel, HUNYUAN_DIT, convert_hunyuan_dit),
     "sana": (diffusers.SanaTransformer2DModel, SANA, theirs.convert_sana_transformer_to_diffusers),
     "hidream": (diffusers.HiDreamImageTransformer2DModel, HIDREAM, theirs.convert_hidream_transformer_to_diffusers),
 }
@@ -142,6 +180,7 @@ SAME = {
     "ltx": f"{LTX_SAME}",
     "ltx2": f"{LTX_SAME}",
     "hidream": ".*",
+    "hunyuan-dit": r".*skip_linear|time_extra_emb\.style_embedder",
 }
 #: other tools' names of layers that the checkpoint calls otherwise, and of parts of its layers
 OTHERS = re.compile(r"\.linear1\.qkv|\.attention\.to\.[qkv]|(qkv|linear1)\.[0-3]$")

@@ -128,7 +128,7 @@ def filled(method: type[Method], layer: nn.Module) -> LayerAdapter:
 
 #: LyCORIS 4.1 cannot open its own (IA)³ files: `make_module_from_state_dict` takes one tensor of the two it is given;
 #: it has no VeRA, no bottleneck and no bias beside a pair
-READ_BY_LYCORIS = [m for m in METHODS if m not in ("ia3", "vera", "bottleneck", "biased")]
+READ_BY_LYCORIS = [m for m in METHODS if m not in ("ia3", "vera", "bottleneck", "biased", "set")]
 
 
 @pytest.mark.parametrize(

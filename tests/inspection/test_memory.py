@@ -9,13 +9,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lora_diffusion import ConfigError, LoRA, TrainConfig, attach
+from lora_diffusion.families import family_of
 from lora_diffusion.families.sd import SD
-from lora_diffusion.inspection.memory import Cost, plan_memory, ways_to_fit
+from lora_diffusion.inspection.memory import Cost, encoding_with, plan_memory, ways_to_fit
 from lora_diffusion.pipelines import load_pipeline
 from lora_diffusion.quantize import weight_bytes
 from lora_diffusion.training.loop import turn_on_checkpointing
 from lora_diffusion.training.objective import losses, objective_for
 from tests.cli.test_cli import run, toml
+from tests.families.test_training import PIPELINES
 from tests.training.pictures import settings
 
 
@@ -100,6 +102,9 @@ def test_the_command_shows_three_ways_and_what_to_turn_on(
     assert all(word in shown for word in ("full", "LoRA", "QLoRA (this run)", "activations", "training does not fit"))
     assert "train.checkpointing=true" in shown
     assert "encoding does not fit" in shown
+    assert "backbone.text_encoders=nf4  ->" in shown
+    assert "convolution:" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_base_that_is_not_there_is_one_sentence(given: TrainConfig) -> None:
@@ -118,6 +123,29 @@ def test_new_tokens_count_beside_layers_and_without_any(given: TrainConfig) -> N
     assert 0 < alone.activations <= beside.activations
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_family_can_be_planned_and_its_own_layers_count_as_they_are_kept(name: str, tmp_path: Path) -> None:
+    """The weights of the plan are those of the base as training opens it."""
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    made = settings(tmp_path, batch=1)
+    for changes in ({}, {"keep_adaln": True}):
+        config = TrainConfig.parse(made | {"backbone": {"device": "cpu", **changes}})
+        planned = plan_memory(config, gpu=False)
+        opened = load_pipeline(tmp_path / "base", precision="nf4", device="cpu", **changes)  # type: ignore[arg-type]
+        assert planned.this_run.weights == weight_bytes(getattr(opened.pipe, family_of(opened.pipe).denoiser))
+        assert planned.report is not None
+        assert opened.report is not None
+        assert planned.report.groups() == opened.report.groups()
+        assert planned.this_run.peak < planned.columns[0].peak
+        assert planned.encoding > planned.waiting
+    assert any(group[1].startswith("timestep modulation") for group in planned.report.groups()) == has_adaln(name)
+
+
+def has_adaln(name: str) -> bool:
+    """Families without layers of that kind: modulation is a table, or one of the family's own kept layers."""
+    return not name.startswith(("sana", "pixart", "chroma", "flux2"))
+
+
 def test_text_encoders_count_when_they_are_trained_and_less_when_they_are_quantised(given: TrainConfig) -> None:
     plain, trained = (plan_memory(given.changed(*more), gpu=False) for more in ((), ('text.train=["text_encoder"]',)))
     encoder = load_pipeline(given.base, precision="fp32", device="cpu").pipe.text_encoder
@@ -129,6 +157,9 @@ def test_text_encoders_count_when_they_are_trained_and_less_when_they_are_quanti
     assert trained.columns[0] == plain.columns[0]
     packed = plan_memory(given.changed("backbone.text_encoders=nf4"), gpu=False)
     assert packed.encoding < plain.encoding
+    assert encoding_with(given.changed("backbone.text_encoders=nf4"), plain.waiting, gpu=False) == packed.encoding
+    assert trained.waiting == plain.waiting
+    assert trained.encoding == plain.encoding
     cheap = plan_memory(given.changed("train.optimizer=adafactor", "train.ema=0.9"), gpu=False).this_run
     assert cheap.optimizer < plain.this_run.optimizer / 2
     assert cheap.average == cheap.adapter

@@ -22,14 +22,16 @@ from lora_diffusion.quantize import quantize
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(16, 24),
     "conv": lambda: nn.Conv2d(8, 12, 3, padding=1, stride=2),
+    "conv3d": lambda: nn.Conv3d(8, 12, (1, 3, 3), padding=(0, 1, 1), stride=(1, 2, 1)),
     "norm": lambda: nn.LayerNorm(16),
     "attn": lambda: Attention(16, heads=2, dim_head=12),
 }
-INPUTS = {"linear": (2, 5, 16), "conv": (2, 8, 6, 6), "norm": (2, 5, 16), "attn": (2, 5, 16)}
+INPUTS = {"linear": (2, 5, 16), "conv": (2, 8, 6, 6), "conv3d": (2, 8, 3, 6, 6), "norm": (2, 5, 16), "attn": (2, 5, 16)}
 #: a layer of each kind that is one output wider
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(16, 25),
     "conv": lambda: nn.Conv2d(8, 13, 3),
+    "conv3d": lambda: nn.Conv3d(8, 13, (1, 3, 3)),
     "norm": lambda: nn.LayerNorm(17),
     "attn": lambda: Attention(16, heads=2, dim_head=13),
 }

@@ -16,18 +16,20 @@ from lora_diffusion.methods import METHODS, is_dense
 from tests import tiny
 from tests.methods.test_in_use import random_adapter
 
-OTHERS = sorted(name for name in METHODS if name not in ("lora", "norm") and is_dense(name))
+OTHERS = sorted(name for name in METHODS if name not in ("lora", "norm", "set") and is_dense(name))
 
 
-def norms(pipe: Any) -> Adapter:
-    """Changed scales and shifts of every normalisation of the U-Net."""
+def norms(pipe: Any, method: str = "norm") -> Adapter:
+    """Other scales, and for `norm` shifts, of every normalisation of the U-Net."""
     found = {name: layer for name, layer in pipe.unet.named_modules() if METHODS["norm"].supports(layer)}
     generator = torch.Generator().manual_seed(5)
     shares = {
         name: {key: 0.1 * torch.randn(layer.weight.shape, generator=generator) for key in ("w_norm", "b_norm")}
         for name, layer in found.items()
     }
-    return Adapter("norm", {"unet": {name: LayerAdapter("norm", tensors) for name, tensors in shares.items()}})
+    if method == "set":
+        shares = {name: {"value": found[name].weight.detach() + share["w_norm"]} for name, share in shares.items()}
+    return Adapter(method, {"unet": {name: LayerAdapter(method, tensors) for name, tensors in shares.items()}})
 
 
 def stacked(pipe: Any, *weighted: tuple[Adapter, Any]) -> np.ndarray:
@@ -81,10 +83,11 @@ def test_rules_take_dense_changes_as_they_take_pairs(sd: Any, rule: str) -> None
         torch.testing.assert_close(layer.tensors["diff"], theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_biases_and_norms_are_summed(sd: Any) -> None:
+@pytest.mark.parametrize("method", ["norm", "set"])
+def test_biases_and_norms_are_summed(sd: Any, method: str) -> None:
     name, layer = next((n, m) for n, m in sd.unet.named_modules() if isinstance(m, torch.nn.Conv2d))
     bias = Adapter("b", {"unet": {name: LayerAdapter("full", {"diff_b": torch.randn(layer.out_channels)})}})
-    one = norms(sd)
+    one = norms(sd, method)
     true = stacked(sd, (one, 0.5), (bias, -0.3))
     merged = merge([one, bias], [0.5, -0.3], base=sd).adapter
     np.testing.assert_allclose(stacked(sd, (merged, 1.0)), true, atol=2e-5)
@@ -100,13 +103,13 @@ def test_what_depends_on_the_base_needs_one_that_fits(sd: Any) -> None:
         merge([one], base=tiny.flux())
 
 
-@pytest.mark.parametrize("method", [*OTHERS, "norm"])
+@pytest.mark.parametrize("method", [*OTHERS, "norm", "set"])
 def test_every_method_is_baked_into_a_folder(sd: Any, method: str, tmp_path: Path) -> None:
     sd.save_pretrained(tmp_path / "base")
-    one = norms(sd) if method == "norm" else random_adapter(sd, method)
+    one = norms(sd, method) if method in ("norm", "set") else random_adapter(sd, method)
     baked = bake(tmp_path / "base", [(one, 0.5)], tmp_path / "baked")
     np.testing.assert_allclose(tiny.picture(type(sd).from_pretrained(baked.folder)), stacked(sd, (one, 0.5)), atol=2e-5)
-    if method in ("norm", "ia3"):
+    if method in ("norm", "set", "ia3"):
         return
     forced = bake(tmp_path / "base", [(one, 1000.0)], tmp_path / "small", precision="nf4", force=True)
     assert 0.75 < forced.kept < 1.1  # sparse deltas lose more to a grid of sixteen values

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
+import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +15,16 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, load_adapter, train
+from lora_diffusion import AdapterStack, LoraDiffusionError, TrainConfig, TrainResult, load_adapter, train
 from lora_diffusion.errors import ConfigError, DataError
+from lora_diffusion.training import watching
+from lora_diffusion.training.batches import Batch, Batches
 from lora_diffusion.training.checkpoints import CheckpointError, find_checkpoints
 from lora_diffusion.training.config import override
-from lora_diffusion.training.results import DivergedError
+from lora_diffusion.training.results import DivergedError, Progress
 from tests import tiny
-from tests.training.pictures import config, interrupted, settings
+from tests.training.pictures import config, cut_off, interrupted, settings
+from tests.training.test_priors import run_of
 
 
 def test_nf4_training_lowers_the_loss_and_no_backbone_byte_changes(tmp_path: Path) -> None:
@@ -131,9 +138,92 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000002"]
 
 
-def test_a_diverging_run_names_step_and_pictures(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match=r"step \d+ \(pictures .*png"):
+@pytest.mark.parametrize(("owner", "name"), [(watching, "write_picture"), (TrainResult, "write")])
+def test_a_disk_that_is_full_at_any_other_file_is_one_sentence_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    watched = config(tmp_path).changed('watch.prompts=["x"]', "watch.every=3", "watch.steps=1", "watch.pictures=1")
+    whole = train(watched.changed(f"output={tmp_path / 'whole'}")).adapter
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device; step-00000\d is compl"):
+            train(watched)
+    again = train(watched).adapter
+    assert again is not None
+    assert whole is not None
+    assert again.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a child's files as a quota does")
+def test_a_quota_that_is_met_in_the_middle_of_a_checkpoint_loses_no_finished_one(tmp_path: Path) -> None:
+    """The kernel refuses the write, half of the file is there."""
+    whole = train(config(tmp_path).changed(f"output={tmp_path / 'whole'}")).adapter
+    assert whole is not None
+    cut_off(config(tmp_path), 3)
+    found = find_checkpoints(tmp_path / "out" / "checkpoints")
+    assert [path.name for path in found] == ["step-000002"]
+    child = os.fork()
+    if not child:  # the limit is this process's alone
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            train(config(tmp_path))
+        except CheckpointError as error:
+            os._exit(0 if "step-000002 is complete and stays" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000002"]
+    again = train(config(tmp_path)).adapter
+    assert again is not None
+    assert again.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_whose_rate_explodes_names_step_and_pictures_and_keeps_nothing_broken(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"step 2 \(pictures '.*png', '.*png'\): loss .*nothing good was learned"):
         train(config(tmp_path, lr=1e30, steps=20))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_run_that_meets_what_is_no_number_stops_at_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """As it was after step 3, which is newer than the last checkpoint, and can be gone on from."""
+    whole = train(config(tmp_path, steps=3, warmup=0)).adapter
+    assert whole is not None
+    draw = Batches.draw
+
+    def spoiled(batches: Batches, index: int) -> Batch:
+        batch = draw(batches, index)
+        return replace(batch, latents=batch.latents * math.nan) if index + 1 == at else batch
+
+    monkeypatch.setattr(Batches, "draw", spoiled)
+    broken = config(tmp_path, steps=9, warmup=0).changed(f"output={tmp_path / 'broken'}")
+    good = "nothing good was learned" if at == 1 else r"blocks-step-000003\.safetensors is the last good state"
+    with pytest.raises(DivergedError, match=rf"step {at} \(pictures .*loss nan.*{good}"):
+        train(broken)
+    made = list((tmp_path / "broken").glob("*.safetensors"))
+    assert len(made) == (at > 1)
+    for path in made:
+        assert load_adapter(path).layers == load_adapter(whole).layers
+        monkeypatch.setattr(Batches, "draw", draw)
+        assert train(broken.changed(f"adapter.init_from={path}", f"output={tmp_path / 'on'}")).adapter
+
+
+def test_where_the_present_state_is_broken_the_checkpoint_s_is_kept(tmp_path: Path) -> None:
+    def explode(progress: Progress) -> None:
+        if progress.stage == "train" and progress.done == 3:
+            for parameter in runs[0].trained.parameters():
+                parameter.data.mul_(1e30)
+
+    run = run_of(config(tmp_path, steps=9))
+    runs = [run]
+    with pytest.raises(DivergedError, match=r"step 4 .*blocks-step-000002\.safetensors is the last good state"):
+        run.go(explode)
+    kept = load_adapter(tmp_path / "out" / "blocks-step-000002.safetensors")
+    assert all(t.abs().max() < 1e3 for *_, layer in kept for t in layer.tensors.values())
 
 
 def test_checkpointed_activations_train_the_same_bits_dropout_included(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ _SWAPPED: dict[str, Callable[[str, Collection[str]], bool]] = {
     "Flux2Transformer2DModel": _final,
     "HunyuanVideoTransformer3DModel": _final,
     "HunyuanVideoFramepackTransformer3DModel": _final,
+    "HunyuanDiT2DModel": _final,
     "MochiTransformer3DModel": _final_or_gated,
     "AuraFlowTransformer2DModel": _final,
     "SD3Transformer2DModel": _final_or_last_context,

@@ -170,6 +170,27 @@ SANA = {
     "attention_y_norm": "caption_norm",
     "final_layer.linear": "proj_out",
 }
+#: without the norms: its second is Diffusers' third, and the reverse
+HUNYUAN_DIT = {
+    "blocks.{}.attn1.Wqkv": _in("blocks", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+    "blocks.{}.attn1.out_proj": "blocks.{}.attn1.to_out.0",
+    "blocks.{}.attn2.q_proj": "blocks.{}.attn2.to_q",
+    "blocks.{}.attn2.kv_proj": _in("blocks", ("attn2.to_k", "attn2.to_v")),
+    "blocks.{}.attn2.out_proj": "blocks.{}.attn2.to_out.0",
+    "blocks.{}.default_modulation.1": "blocks.{}.norm1.linear",
+    "blocks.{}.mlp.fc1": "blocks.{}.ff.net.0.proj",
+    "blocks.{}.mlp.fc2": "blocks.{}.ff.net.2",
+    **{f"pooler.{part}_proj": f"time_extra_emb.pooler.{part}_proj" for part in "kqvc"},
+    "t_embedder.mlp.0": "time_extra_emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_extra_emb.timestep_embedder.linear_2",
+    "extra_embedder.0": "time_extra_emb.extra_embedder.linear_1",
+    "extra_embedder.2": "time_extra_emb.extra_embedder.linear_2",
+    "mlp_t5.0": "text_embedder.linear_1",
+    "mlp_t5.2": "text_embedder.linear_2",
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
 _KREA2_BLOCK = {
     **{f"attn.w{part}": f"attn.to_{part}" for part in "qkv"},
     "attn.wo": "attn.to_out.0",
@@ -207,6 +228,7 @@ TABLES = {
     "Flux2Transformer2DModel": (FLUX2,),
     "SD3Transformer2DModel": (SD3,),
     "SanaTransformer2DModel": (SANA,),
+    "HunyuanDiT2DModel": (HUNYUAN_DIT,),
     "Krea2Transformer2DModel": (KREA2,),
     "HunyuanVideoTransformer3DModel": (videos.HUNYUAN_VIDEO,),
     "HunyuanVideoFramepackTransformer3DModel": (videos.HUNYUAN_VIDEO,),
@@ -219,6 +241,7 @@ TABLES = {
     "AuraFlowTransformer2DModel": (AURAFLOW,),
     "LTXVideoTransformer3DModel": (videos.LTX,),
     "LTX2VideoTransformer3DModel": (videos.LTX2,),
+    "LTX2TextConnectors": ({"aggregate_embed": "text_proj_in"},),
     "MochiTransformer3DModel": (videos.MOCHI, *videos.MOCHI_CONTEXT),
     "CosmosTransformer3DModel": (videos.COSMOS,),
 }
