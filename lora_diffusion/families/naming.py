@@ -1,13 +1,14 @@
 """Names in files -> layers of the live model: exact, by flattening, by the family's original names, by number.
 
-A name that two layers answer to is an error that names both. A fused layer of the file is divided over the
-live layers that own its rows.
+A name that two layers answer to is an error that names both. Where a checkpoint gives one layer the name that
+Diffusers gives another (HunyuanDiT's second and third norm), the file's other names say whose it is. A fused layer of
+the file is divided over the live layers that own its rows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from lora_diffusion.adapter import LayerAdapter, same_layer
 from lora_diffusion.errors import AdapterMismatchError
-from lora_diffusion.families.names import Place, places
+from lora_diffusion.families.names import EXCHANGED, Place, places
 from lora_diffusion.families.names.numbered import is_numbered, number_layers
 from lora_diffusion.families.splitting import of_norm, split_rows, swap_halves
 from lora_diffusion.layers import is_convolution, is_linear, out_width
@@ -37,7 +38,7 @@ def resolve(layers: dict[str, LayerAdapter], model: nn.Module, *, strict: bool =
     AdapterMismatchError where two candidates answer to one name, two names to one layer, or a fused layer
     cannot be divided. Not strict, such a name stands in `faults` and has no share in `layers`.
     """
-    live = _Live(model)
+    live = _Live(model, layers)
     result = Resolution()
     for name, layer in _named(layers, live, result, strict).items():
         try:
@@ -58,10 +59,11 @@ def resolve(layers: dict[str, LayerAdapter], model: nn.Module, *, strict: bool =
 
 
 class _Live:
-    """A model's modules by name, by flattened name and by the checkpoint's own."""
+    """A model's modules by name, by flattened name and by the checkpoint's own; `asked`: all names of the file."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, asked: Collection[str]) -> None:
         self.kind = type(model).__name__
+        self._asked = asked
         self.modules = {name: module for name, module in model.named_modules() if name}
         self._names = tuple(self.modules)
         self._flat = _flattened(self._names)
@@ -84,6 +86,8 @@ class _Live:
         candidates = self._flat.get(flat, ())
         if name in candidates or len(candidates) == 1:  # most files need no table of originals
             exact = name if name in candidates else candidates[0]
+            if self.kind in EXCHANGED and flat in self._by_original:
+                return self._exchanged(name, exact, self._by_original[flat][0][1])
             if _holds_numbers(self.modules[exact]) or flat not in self._by_original:
                 return Place((exact,))
             candidates = ()  # Wan's norm3 is Diffusers' norm2, whose own norm3 has nothing to adapt
@@ -93,6 +97,34 @@ class _Live:
             if place != found[0][1]:  # one layer may have several original names that flatten alike
                 raise AdapterMismatchError(f"{name!r} could be {found[0][0]!r} or {other!r} of the model")
         return found[0][1] if found else None
+
+    def _exchanged(self, name: str, exact: str, original: Place) -> Place:
+        """Which of two a name means that is of one layer here and of another in the checkpoint."""
+        if not _holds_numbers(self.modules[exact]) or (self._only_originals and not self._only_live):
+            return original
+        if self._only_live and not self._only_originals:
+            return Place((exact,))
+        known = "has both kinds of names" if self._only_live else "has no other name that would tell"
+        raise AdapterMismatchError(
+            f"{name!r} could be {exact!r} of the model or, as its checkpoint calls it, {original.layers[0]!r}; "
+            f"the file {known}"
+        )
+
+    @cached_property
+    def _only_originals(self) -> bool:
+        """Whether the file has names that the checkpoint alone has."""
+        return any(same_layer(name) in self._by_original and not self._is_live(name) for name in self._asked)
+
+    @cached_property
+    def _only_live(self) -> bool:
+        """Whether the file has names that Diffusers' model alone has, among the layers that the checkpoint renames."""
+        renamed = {layer for found in self._by_original.values() for _, place in found for layer in place.layers}
+        flat = {same_layer(layer) for layer in renamed}
+        asked = [same_layer(name) for name in self._asked]
+        return any(name in flat and name not in self._by_original for name in asked)
+
+    def _is_live(self, name: str) -> bool:
+        return any(_holds_numbers(self.modules[live]) for live in self._flat.get(same_layer(name), ()))
 
 
 def _holds_numbers(module: nn.Module) -> bool:

@@ -26,7 +26,11 @@ from diffusers import (
 from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor, nn
 
+from lora_diffusion import Adapter, AdapterMismatchError, LayerAdapter
+from lora_diffusion.adapter import flat
 from lora_diffusion.families.names import Place, places
+from lora_diffusion.families.naming import resolve
+from lora_diffusion.families.original import original as renamed
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -96,6 +100,12 @@ def convert_hunyuan_dit(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
             ("extra_embedder.2", "time_extra_emb.extra_embedder.linear_2"),
             ("final_layer.adaLN_modulation.1", "norm_out.linear"),
             ("final_layer.linear", "proj_out"),
+            (".q_norm", ".norm_q"),
+            (".k_norm", ".norm_k"),
+            (".norm1.weight", ".norm1.norm.weight"),
+            (".norm2.", ".norm-third."),
+            (".norm3.", ".norm2."),
+            (".norm-third.", ".norm3."),
         ):
             key = key.replace(old, new)
         found[key] = tensor
@@ -220,3 +230,44 @@ def test_ldm_names_are_those_of_the_published_maps(family: str):
 
 def test_unknown_classes_have_no_original_names():
     assert places("SomeNewTransformer2DModel", ["a.b"]) == {}
+
+
+LIVE_NORMS = ("blocks.1.norm2", "blocks.1.norm3", "blocks.0.norm1.norm")
+
+
+def norm_change(name: str, value: float) -> dict[str, LayerAdapter]:
+    return {name: LayerAdapter("norm", {"w_norm": torch.full((32,), value)})}
+
+
+@pytest.mark.parametrize("spelled", [str, flat])
+def test_hunyuan_dits_second_and_third_norm_are_whose_the_files_other_names_are(spelled: Any):
+    model = build(*CASES["hunyuan-dit"][:1], **CASES["hunyuan-dit"][1])
+    second, third = (spelled(f"blocks.1.norm{number}") for number in (2, 3))
+    norms = norm_change(second, 2.0) | norm_change(third, 3.0)
+    original = norms | norm_change(spelled("blocks.0.norm1"), 1.0)
+    ours = norms | norm_change(spelled("blocks.0.norm1.norm"), 1.0)
+    found = resolve(original, model).origins
+    assert found == {
+        "blocks.1.norm3": second,
+        "blocks.1.norm2": third,
+        "blocks.0.norm1.norm": spelled("blocks.0.norm1"),
+    }
+    assert resolve(ours, model).origins == dict(zip(LIVE_NORMS, ours, strict=True))
+    with pytest.raises(
+        AdapterMismatchError, match=r"norm2' could be 'blocks\.1\.norm2' .*'blocks\.1\.norm3'.* no other"
+    ):
+        resolve(norms, model)
+    with pytest.raises(AdapterMismatchError, match="both kinds"):
+        resolve(original | norm_change(spelled("blocks.0.attn2.norm_q"), 1.0), model)
+
+
+def test_hunyuan_dits_norms_come_back_from_the_checkpoints_names():
+    model = build(*CASES["hunyuan-dit"][:1], **CASES["hunyuan-dit"][1])
+    layers = {name: norm_change(name, value)[name] for value, name in enumerate(LIVE_NORMS)}
+    adapter = renamed(Adapter("norms", {"transformer": layers}), {"transformer": model})
+    assert {name: layer.tensors["w_norm"][0].item() for name, layer in adapter.layers["transformer"].items()} == {
+        "blocks.1.norm3": 0.0,
+        "blocks.1.norm2": 1.0,
+        "blocks.0.norm1": 2.0,
+    }
+    assert resolve(adapter.layers["transformer"], model).layers == layers

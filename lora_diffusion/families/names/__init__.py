@@ -15,6 +15,10 @@ from lora_diffusion.families.names import ldm, tables
 Table = Mapping[str, str | tuple[str, ...]]
 
 
+#: models of which one layer has the name that the checkpoint gives another
+EXCHANGED = ("HunyuanDiT2DModel",)
+
+
 class Place(NamedTuple):
     """Where a layer of a file lives in the model.
 

@@ -170,7 +170,7 @@ SANA = {
     "attention_y_norm": "caption_norm",
     "final_layer.linear": "proj_out",
 }
-#: without the norms: its second is Diffusers' third, and the reverse
+#: its second norm is Diffusers' third, and the reverse: what a file means by them, its other layers say
 HUNYUAN_DIT = {
     "blocks.{}.attn1.Wqkv": _in("blocks", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
     "blocks.{}.attn1.out_proj": "blocks.{}.attn1.to_out.0",
@@ -180,6 +180,10 @@ HUNYUAN_DIT = {
     "blocks.{}.default_modulation.1": "blocks.{}.norm1.linear",
     "blocks.{}.mlp.fc1": "blocks.{}.ff.net.0.proj",
     "blocks.{}.mlp.fc2": "blocks.{}.ff.net.2",
+    "blocks.{}.norm1": "blocks.{}.norm1.norm",
+    "blocks.{}.norm2": "blocks.{}.norm3",
+    "blocks.{}.norm3": "blocks.{}.norm2",
+    **{f"blocks.{{}}.attn{n}.{part}_norm": f"blocks.{{}}.attn{n}.norm_{part}" for n in (1, 2) for part in "qk"},
     **{f"pooler.{part}_proj": f"time_extra_emb.pooler.{part}_proj" for part in "kqvc"},
     "t_embedder.mlp.0": "time_extra_emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_extra_emb.timestep_embedder.linear_2",
