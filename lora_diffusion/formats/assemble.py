@@ -42,6 +42,11 @@ _WHOLE: dict[str, tuple[frozenset[str], ...]] = {
     "norm": (frozenset({"w_norm"}), frozenset({"b_norm"})),
     "set": (frozenset({"value"}),),
 }
+#: method -> sets of tensors of which a layer may have one alone
+_EITHER: dict[str, tuple[tuple[set[str], set[str]], ...]] = {
+    "lokr": (({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b", "t2"})),
+    "oft": (({"blocks"}, {"diag", "R"}), ({"diag"}, {"R"})),
+}
 #: method -> (tensor, axis) whose length is the rank, the first that is there
 _RANK: dict[str, tuple[tuple[str, int], ...]] = {
     "lora": (("down", 0),),
@@ -122,6 +127,8 @@ def _layer(component: str, group: _Group, alpha_of: AlphaOf, parsed: Parsed) -> 
     if group.methods == {"ia3"} and parts.keys() == {"weight"} and group.layer.endswith(_WHOLE_NORMS):
         group.methods, parts = {"set"}, {"value": parts["weight"]}
     method = _method(group.methods, parts)
+    if {"dora_scale", "magnitude"} <= parts.keys():
+        parsed.unused[parts["magnitude"][0]] = f"it says the same as {parts['dora_scale'][0]!r}"
     tensors = _plain_if_alone(_with_magnitude({part: tensor for part, (_, tensor) in parts.items()}))
     problem = _problem(group.methods, method, tensors)
     if problem:
@@ -177,6 +184,11 @@ def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> s
         return f"tensors of {' and '.join(sorted(methods))} on one layer"
     if method == "oft" and (problem := _broken_list(tensors)):
         return problem
+    if said_twice := next(
+        (pair for pair in _EITHER.get(method, ()) if all(tensors.keys() & part for part in pair)), None
+    ):
+        one, other = (", ".join(sorted(tensors.keys() & part)) for part in said_twice)
+        return f"{method} has {one} and {other} here, of which one would do nothing"
     missing = min([whole - tensors.keys() for whole in _WHOLE[method]], key=len)
     if method == "ia3" and "on_input" in missing:
         return "a plain weight is no adapter's tensor"

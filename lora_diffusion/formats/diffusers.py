@@ -23,7 +23,7 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.assemble import assemble
-from lora_diffusion.formats.peft_config import METADATA_KEY, config_of, scales_of
+from lora_diffusion.formats.peft_config import METADATA_KEY, config_of, scales_of, without_magnitudes
 
 _RECOGNISED = re.compile(
     r"^(unet|transformer(_2)?|prior|controlnet|text_encoder(_[234])?)\..+\.(lora_[AB]|lora)\.", re.DOTALL
@@ -50,7 +50,8 @@ class Diffusers:
         def alpha_of(component: str, layer: str, rank: int) -> float | None:
             return scales[component].alpha(layer, rank) if component in scales else None
 
-        return assemble(tensors, alpha_of)
+        doras = [component for component, scale in scales.items() if scale.dora]
+        return without_magnitudes(assemble(tensors, alpha_of), doras)
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata. AdapterFileError for other methods than `lora` and `dora`, flattened names, tokens."""

@@ -12,6 +12,7 @@ neighbour's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from lora_diffusion.formats.embeddings import bundled
 from lora_diffusion.formats.keys import numbered_as
 from lora_diffusion.formats.provenance import family_for
 
+_OFT_ALPHA = re.compile(r"oft_unet_.+\.alpha", re.DOTALL)
 _STARTS = (
     "lora_unet_",
     "lora_te_",
@@ -93,7 +95,10 @@ class Kohya:
 
     def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
         """The neutral form, under flattened names that the live model resolves; `ss_network_alpha` never scales."""
-        return assemble(tensors)
+        still = {key for key, alpha in tensors.items() if _OFT_ALPHA.fullmatch(key) and not alpha.any()}
+        parsed = assemble(tensors)
+        parsed.unused |= dict.fromkeys(sorted(still), "sd-scripts holds an OFT with alpha 0 to no change at all")
+        return parsed
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata. AdapterFileError for what has no kohya name: tokens, other components or methods."""
@@ -110,6 +115,10 @@ class Kohya:
                 layer = replace(layer, tensors={"blocks.0": layer.tensors["blocks"]})
             if "blocks.0" in layer.tensors:
                 path = f"oft_unet_{flat(name)}"
+                if not layer.alpha:
+                    raise AdapterFileError(
+                        f"{who}: {name!r} has no bound; sd-scripts' OFT in parts does nothing without"
+                    )
             if f"{path}.alpha" in tensors:
                 raise AdapterFileError(f"{who}: two layers of {component} flatten to {path!r}; {name!r} is one")
             tensors |= layer_tensors(path, layer, who)

@@ -20,7 +20,7 @@ from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.keys import split
 from lora_diffusion.formats.peft_adalora import with_values_inside
-from lora_diffusion.formats.peft_config import OneScale, sidecar_scales
+from lora_diffusion.formats.peft_config import OneScale, Scales, sidecar_scales, without_magnitudes
 from lora_diffusion.formats.peft_vera import with_projection
 
 
@@ -44,7 +44,8 @@ class Named:
         if self.name == "peft":
             tensors = with_projection(tensors, metadata)
             tensors = with_values_inside(tensors, is_adalora=isinstance(scales, OneScale))
-        return assemble(tensors, (lambda _, layer, rank: scales.alpha(layer, rank)) if scales else lambda *_: None)
+        parsed = assemble(tensors, (lambda _, layer, rank: scales.alpha(layer, rank)) if scales else lambda *_: None)
+        return without_magnitudes(parsed, list(parsed.layers) if isinstance(scales, Scales) and scales.dora else ())
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         """AdapterFileError always."""

@@ -5,7 +5,7 @@
 
 A key matches as `(.*\\.)?(key)$` from the start of the name (peft.utils.other.get_pattern_key), that is as a regular
 expression. Those that come in a file are not trusted: a literal one is looked up, another is matched only if
-it is short and cannot run away.
+it is short and cannot run away, and all of them together for a few seconds.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.errors import AdapterFileError
+from lora_diffusion.formats import Parsed
 
 #: where Diffusers (0.34 and later) keeps the LoraConfig of every component, as one flat JSON table
 METADATA_KEY = "lora_adapter_metadata"
@@ -30,6 +32,13 @@ _LITERAL = re.compile(r"\^?(?:[\w.-]|\\\W)+\$?", re.ASCII)
 _ESCAPED = re.compile(r"\\(\W)", re.ASCII)
 _TAME = re.compile(r"[\w.\\|^$*+\[\]()?:-]{1,400}")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+_CHOICE = re.compile(r"[*+]\??|(?<!\()\?|\(")  # where a match can go more than one way
+_REPEATS, _CHOICES = 3, 4  # of one pattern: matching takes at worst that power of the name's length
+_LONGEST = 200  # characters of a name that patterns are matched with; the longest of a known model has 120
+_LARGEST = 1e300  # of any number: whole numbers of JSON have no end, and NaN is not below it
+_PATIENCE = 5.0  # seconds for all patterns on all layers; thousands of layers with usual patterns need 0.1
+#: starts that PEFT makes by changing the base weights too: what the file holds goes with a base nobody else has
+_MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Scales:
@@ -37,11 +46,18 @@ class Scales:
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._where = where
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_MOVED_BASE):
+            raise AdapterFileError(
+                f"{where}: init_lora_weights is {start[:40]!r}, trained beside a base whose weights PEFT had changed; "
+                "PEFT's save_pretrained(path_initial_model_for_weight_conversion=…) makes a plain LoRA of it"
+            )
         self._rank = _number(config.get("r", 8), "r", where)
         self._alpha = _number(config.get("lora_alpha", 8), "lora_alpha", where)
         self._ranks = _Pattern(config.get("rank_pattern"), f"{where}: rank_pattern")
         self._alphas = _Pattern(config.get("alpha_pattern"), f"{where}: alpha_pattern")
         self._rslora = bool(config.get("use_rslora"))
+        self.dora = bool(config.get("use_dora"))
 
     def alpha(self, layer: str, rank: int) -> float:
         """Alpha of `layer`, rsLoRA folded in, so that alpha / rank is its scale.
@@ -55,6 +71,17 @@ class Scales:
             )
         alpha = self._alphas.get(layer, self._alpha)
         return alpha * math.sqrt(rank) if self._rslora else alpha
+
+
+def without_magnitudes(parsed: Parsed, components: Iterable[str]) -> Parsed:
+    """`parsed` with the plain pairs of components whose config says `use_dora` set aside: they are half a DoRA."""
+    for component in components:
+        layers = parsed.layers.get(component, {})
+        plain = [name for name, layer in layers.items() if layer.method == "lora"]
+        why = "the metadata say use_dora, and its lora_magnitude_vector is not in the file"
+        parsed.unused |= {f"{component}.{name}": why for name in plain}
+        parsed.layers[component] = {name: layer for name, layer in layers.items() if name not in plain}
+    return parsed
 
 
 class OneScale:
@@ -77,6 +104,7 @@ class _Pattern:
     def __init__(self, table: object, where: str) -> None:
         self._literal: dict[tuple[str, bool], tuple[int, float]] = {}  # (name, anchored at the start) -> (order, value)
         self._others: list[tuple[int, re.Pattern[str], float]] = []
+        self._where, self._spent = where, 0.0
         if table is not None and not isinstance(table, dict):
             raise AdapterFileError(f"{where} is not a table of layer names and numbers")
         for order, (key, value) in enumerate(cast("dict[str, object]", table or {}).items()):
@@ -92,8 +120,24 @@ class _Pattern:
         words = layer.split(".")
         endings = [(".".join(words[start:]), False) for start in range(len(words))]
         hits = [self._literal[key] for key in [(layer, True), *endings] if key in self._literal]
-        hits += [(order, value) for order, expression, value in self._others if expression.match(layer[:1000])]
+        hits += self._matched(layer) if self._others else []
         return min(hits)[1] if hits else default
+
+    def _matched(self, layer: str) -> list[tuple[int, float]]:
+        if len(layer) > _LONGEST:
+            raise AdapterFileError(
+                f"{self._where}: a layer name of {len(layer):,} characters; {_LONGEST} can be matched"
+            )
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", layer))]
+        found: list[tuple[int, float]] = []
+        for order, expression, value in self._others:
+            begun = time.perf_counter()
+            if any(expression.fullmatch(layer, start) for start in starts):  # `^` is the name's start at any of them
+                found.append((order, value))
+            self._spent += time.perf_counter() - begun
+            if self._spent > _PATIENCE:
+                raise AdapterFileError(f"{self._where}: its patterns take more than {_PATIENCE:g} s to match")
+        return found
 
 
 def scales_of(metadata: Mapping[str, str]) -> dict[str, Scales]:
@@ -162,16 +206,17 @@ def _commonest(values: Iterable[float]) -> float:
 
 
 def _number(value: object, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _LARGEST:
         raise AdapterFileError(f"{where}: {key[:100]!r} is {str(value)[:40]!r}, expected a finite number")
     return float(value)
 
 
 def _expression(key: str, where: str) -> re.Pattern[str]:
-    quantifiers = key.count("*") + key.count("+")
-    if not _TAME.fullmatch(key) or _REPEATED_GROUP.search(key) or quantifiers > 4:
+    choices = _CHOICE.findall(key)
+    runs_away = len(choices) > _CHOICES or len(choices) - choices.count("(") > _REPEATS
+    if not _TAME.fullmatch(key) or _REPEATED_GROUP.search(key) or runs_away:
         raise AdapterFileError(f"{where}: the key {key[:60]!r} is not a layer name, and no pattern that is safe to run")
     try:
-        return re.compile(rf"(.*\.)?({key})$")
+        return re.compile(key)
     except re.error as error:
         raise AdapterFileError(f"{where}: the key {key[:60]!r} is not a valid pattern ({error})") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,8 @@ def test_patterns_match_as_in_peft():
         "[cd]": 6.0,
         r"f\.\d": 7.0,
         r"g\.2\-1": 8.0,
+        r"^h.\d+": 10.0,
+        r"h\.(\d)\.to_(q|k)": 11.0,
     }
     scales = Scales({"r": 1, "lora_alpha": 9.0, "alpha_pattern": table}, "test")
     for name in (
@@ -133,18 +136,56 @@ def test_patterns_match_as_in_peft():
         "q.f.3",
         "f.d",
         "g.2-1",
+        "h.12",
+        "z.h.12",
+        "z.h.1.to_k",
+        "z.hh.1.to_k",
         "none",
     ):
         assert scales.alpha(name, 1) == table.get(get_pattern_key(table.keys(), name), 9.0), name
 
 
-@pytest.mark.parametrize("key", ["(a+)+b", "(a|aa)*b", "a" * 500 + "(", "a{1,9999}", ".*.*.*.*.*.*x"])
+@pytest.mark.parametrize(
+    "key", ["(a+)+b", "(a|aa)*b", "a" * 500 + "(", "a{1,9999}", ".*.*.*.*.*.*x", "a?" * 90, "(a|a)" * 60]
+)
 def test_patterns_that_could_run_away_are_refused(key):
     with pytest.raises(AdapterFileError, match="pattern"):
         Scales({"alpha_pattern": {key: 1.0}}, "test")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"unet.r": "8"}', '{"unet.lora_alpha": NaN}', '{"unet.rank_pattern": 3}'])
+def test_thousands_of_slow_patterns_are_given_up_in_seconds():
+    scales = Scales({"r": 1, "rank_pattern": {f".*a.*a.*{i}": 4 for i in range(3000)}}, "test")
+    begun = time.process_time()
+    with pytest.raises(AdapterFileError, match="5 s to match"):
+        [scales.alpha("a" * 190 + str(layer), 1) for layer in range(1000)]
+    assert time.process_time() - begun < 30
+    with pytest.raises(AdapterFileError, match="201 characters"):
+        scales.alpha("a" * 201, 1)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_pairs_that_go_with_a_base_that_peft_had_changed_are_refused(start: str):
+    settings = {"r": 2, "lora_alpha": 2, "init_lora_weights": start}
+    with pytest.raises(AdapterFileError, match=f"'{start}'.*path_initial_model_for_weight_conversion"):
+        DIFFUSERS.load(pair(), {METADATA_KEY: json.dumps({f"unet.{key}": value for key, value in settings.items()})})
+
+
+def test_dora_by_the_metadata_without_magnitudes_is_reported():
+    said = json.dumps({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_dora": True})
+    assert "magnitude" in " ".join(DIFFUSERS.load(pair(), {METADATA_KEY: said}).unused.values())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"unet.r": 1' + "0" * 400 + "}",
+        "{",
+        "[]",
+        '{"unet.r": "8"}',
+        '{"unet.lora_alpha": NaN}',
+        '{"unet.rank_pattern": 3}',
+    ],
+)
 def test_damaged_metadata_is_an_error(text):
     with pytest.raises(AdapterFileError):
         DIFFUSERS.load(pair(), {METADATA_KEY: text})

@@ -120,3 +120,25 @@ def test_a_magnitude_beside_a_peft_pair_of_any_spelling_is_one_vector():
     ):
         layer = DIFFUSERS.load({**pair, f"{path}.{suffix}": torch.ones(shape)}, {}).layers["unet"]
         assert layer["mid_block.attentions.0.proj_in"].tensors["magnitude"].shape == (6,)
+
+
+def test_two_magnitudes_on_one_layer_are_not_both_used_and_that_is_reported():
+    said = {f"{PATH}.{suffix}": tensor for suffix, tensor in PLAIN.items()}
+    said |= {f"{PATH}.dora_scale": torch.ones(6, 1), f"{PATH}.magnitude": torch.full((6,), 5.0)}
+    assert KOHYA.load(said, {}).unused == {f"{PATH}.magnitude": f"it says the same as '{PATH}.dora_scale'"}
+
+
+@pytest.mark.parametrize(
+    ("there", "beside"),
+    [
+        (("lokr_w1", "lokr_w2"), ("lokr_w1_a", "lokr_w1_b")),
+        (("lokr_w1", "lokr_w2"), ("lokr_w2_a", "lokr_w2_b")),
+        (("oft_blocks",), ("oft_diag",)),
+        (("oft_diag",), ("oft_R.weight",)),
+    ],
+)
+def test_a_factor_that_stands_there_whole_and_in_parts_is_reported(there: tuple[str, ...], beside: tuple[str, ...]):
+    tensors = {f"{PATH}.{suffix}": torch.ones(2, 2, 2)[0] for suffix in there + beside}
+    parsed = KOHYA.load(tensors, {})
+    assert set(parsed.unused) == set(tensors)
+    assert all("one would do nothing" in why for why in parsed.unused.values())

@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_diffusion import AdapterFileError, AdapterMismatchError, AdapterStack, load_adapter, save_adapter
+from lora_diffusion import (
+    Adapter,
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterStack,
+    LayerAdapter,
+    load_adapter,
+    save_adapter,
+)
 from lora_diffusion.families.naming import resolve
 from lora_diffusion.families.original import original
 from lora_diffusion.methods import METHODS
@@ -120,3 +128,21 @@ def test_a_list_on_a_layer_without_parts_is_an_error(tmp_path: Path):
     adapter = load_adapter(saved(tensors, tmp_path))
     with pytest.raises(AdapterMismatchError, match=r"in parts, and 'transformer_blocks.1.attn.to_add_out'"):
         resolve(adapter.layers["transformer"], tiny.flux().transformer)
+
+
+@pytest.mark.parametrize("suffix", [".oft_blocks.0", ".oft_blocks"])
+def test_alpha_0_which_is_no_bound_in_lycoris_and_no_change_in_sd_scripts_is_an_error(suffix: str, tmp_path: Path):
+    tensors = {f"oft_unet_x_proj{suffix}": torch.randn(BLOCKS, 8, 8), "oft_unet_x_proj.alpha": torch.tensor(0.0)}
+    with pytest.raises(AdapterFileError, match=r"oft_unet_x_proj\.alpha.*alpha 0 to no change"):
+        load_adapter(saved(tensors, tmp_path))
+    lycoris = {key.replace("oft_unet_", "lora_unet_"): tensor for key, tensor in tensors.items()}
+    assert not load_adapter(saved(lycoris, tmp_path)).unused
+
+
+def test_oft_without_a_bound_is_not_written_as_a_list_which_would_do_nothing(tmp_path: Path):
+    layers = {f"transformer_blocks.0.attn.to_{p}": {"blocks": torch.randn(BLOCKS, 8, 8)} for p in "qkv"}
+    found = {name: LayerAdapter("oft", blocks, 0.0, "tensor") for name, blocks in layers.items()}
+    renamed = original(Adapter("x", {"transformer": found}), tiny.flux().components)
+    with pytest.raises(AdapterFileError, match="has no bound"):
+        save_adapter(renamed, tmp_path / "x.safetensors", format="kohya")
+    assert not list(tmp_path.iterdir())
