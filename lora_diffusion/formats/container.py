@@ -158,6 +158,8 @@ def _fill(file: BinaryIO, target: memoryview) -> bool:
 
 def _opened(path: Path) -> BinaryIO:
     try:
+        if path.is_fifo():  # to open one waits for whoever writes into it
+            raise AdapterFileError(f"{path}: this is a pipe, not a file; save what comes out of it first")
         return path.open("rb", buffering=0)  # type: ignore[return-value]
     except FileNotFoundError:
         raise AdapterFileError(f"{path}: there is no such file") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -248,3 +249,10 @@ def test_a_hostile_header_is_refused_in_bounded_memory(name: str, tmp_path: Path
         file.truncate(max(length, len(content)))  # the rest is no block on the disk
     answer = subprocess.run([sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True)
     assert int(answer.stdout) * 1024 < 8 * len(content) + (16 << 20)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_that_nobody_writes_into_is_an_error_at_once(tmp_path: Path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(AdapterFileError, match="this is a pipe"):
+        container.read_header(tmp_path / "x.safetensors")
