@@ -42,13 +42,15 @@ def leave(
     for component, model in models.items():
         dial, tokens = dials[component], kept.get(component)
         if dial.slots or tokens:
-            vars(model)[_LEFT] = _Left(list(adapters), list(dial.slots), dial.hooks, tokens, fusion)
+            left = _Left(list(adapters), list(dial.slots), dial.hooks, tokens, fusion)
+            vars(model).setdefault(_LEFT, []).append(left)
 
 
 def take_off_left(models: Mapping[str, nn.Module], vocabulary: Vocabulary) -> list[str]:
     """Take off what was left on these models; names of the adapters. The pipeline is bit-identical to before them."""
-    found = {name: vars(model).pop(_LEFT) for name, model in models.items() if _LEFT in vars(model)}
-    for component, left in found.items():
+    found = [(c, left) for c, model in models.items() for left in vars(model).pop(_LEFT, ())]
+    kept: dict[str, tuple[Any, Any]] = {}
+    for component, left in found:
         for name in left.layers:
             if slot_of(layer := submodule(models[component], name)) is not None:
                 take_off(layer)
@@ -56,5 +58,7 @@ def take_off_left(models: Mapping[str, nn.Module], vocabulary: Vocabulary) -> li
             hook.remove()
         if left.fusion is not None:
             left.fusion.undo()
-    vocabulary.restore({component: left.kept for component, left in found.items() if left.kept})
-    return list(dict.fromkeys(name for left in found.values() for name in left.adapters))
+        if left.kept and (component not in kept or len(left.kept[1]) < len(kept[component][1])):
+            kept[component] = left.kept  # of several, the shortest is the pipeline's own
+    vocabulary.restore(kept)
+    return list(dict.fromkeys(name for _, left in found for name in left.adapters))

@@ -84,6 +84,16 @@ def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -
     return out
 
 
+def merging_pays(weight: Tensor, x: Tensor, tokens: int) -> bool:
+    """Whether a merged weight can stand in for a layer's own when it meets x, and takes less time than the branch."""
+    if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
+        return False  # 4-bit, offloaded or tied up otherwise
+    if weight.dtype == torch.float16 and weight.device.type == "cpu":
+        return False  # float16 matrix products are slow there
+    out, width = weight.shape[0], weight[0].numel()
+    return tokens * (width + out) > width * out
+
+
 class WeightByImage(Tensor):
     """Weights (batch, out, in) in the place of one (out, in): `F.linear` gives every image of x (batch, tokens, in)
     its own."""
