@@ -259,13 +259,13 @@ class Slot(nn.Module):
         return gate.unflatten(1, places if gate.shape[1] > 1 else (1,) * len(places)) if places else gate[:, 0]
 
     def _merging_pays(self, layer: nn.Module, x: Tensor) -> bool:
-        weight, how = layer._parameters.get("weight"), self.convolution
-        if torch.is_grad_enabled() or self.gate.dim() > 1 or weight is None or self.branches:
+        how = self.convolution
+        if torch.is_grad_enabled() or self.gate.dim() > 1 or self.branches:
             return False  # branches need the base output
         if self.live is not None:  # by image, of linear layers alone; by place no weight can be merged
-            return self.by_image and how is None and x.dim() == 3 and merging_pays(weight, x, x.shape[1])
+            return self.by_image and how is None and x.dim() == 3 and merging_pays(layer, x, x.shape[1])
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // math.prod(how["stride"])
-        return merging_pays(weight, x, tokens)
+        return merging_pays(layer, x, tokens)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

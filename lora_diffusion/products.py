@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_PRODUCTS = (nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward)  # W x + b and nothing else
 
 
 class LowRank(torch.autograd.Function):
@@ -84,8 +86,11 @@ def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -
     return out
 
 
-def merging_pays(weight: Tensor, x: Tensor, tokens: int) -> bool:
+def merging_pays(layer: nn.Module, x: Tensor, tokens: int) -> bool:
     """Whether a merged weight can stand in for a layer's own when it meets x, and takes less time than the branch."""
+    weight = layer._parameters.get("weight")
+    if weight is None or type(layer).forward not in _PRODUCTS:
+        return False  # what a class of its own makes of its weight is unknown
     if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
         return False  # 4-bit, offloaded or tied up otherwise
     if weight.dtype == torch.float16 and weight.device.type == "cpu":

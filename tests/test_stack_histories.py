@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 
 from lora_diffusion import Adapter, AdapterStack
 from lora_diffusion.quantize import fingerprint
+from tests import tiny
 from tests.small import ADAPTERS, Pipe, Small, X, small_adapter
 
 OTHER = small_adapter("other", 2, 9)  # the ranks of "a"
@@ -124,3 +127,50 @@ def test_what_a_cast_rounded_is_written_anew_on_every_layer_with_the_next_change
     pipe.unet.load_state_dict(frozen, strict=False)
     stack.swap("training", part("c.v1", "up"))
     assert torch.equal(drawn(pipe), alone(part("a", "down"), part("c.v1", "up")))
+
+
+def test_tokens_that_a_stack_left_go_from_every_pipeline_of_these_components() -> None:
+    pipe = tiny.sd()
+    own, rows = pipe.tokenizer, pipe.text_encoder.get_input_embeddings().weight
+    vectors = {"<new>": {"text_encoder": torch.ones(1, rows.shape[1])}}
+    AdapterStack(pipe).add(Adapter("words", {}, embeddings=vectors))
+    assert pipe.tokenizer is not own
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    with pytest.warns(UserWarning, match="'words' of an AdapterStack"):
+        AdapterStack(other)
+    assert (pipe.tokenizer, other.tokenizer) == (own, own)
+    assert pipe.text_encoder.get_input_embeddings().weight is rows
+
+
+def test_a_model_can_be_saved_whole_with_what_a_stack_left() -> None:
+    AdapterStack(pipe := Pipe()).add(ADAPTERS["a"])
+    torch.save(pipe.unet, file := io.BytesIO())
+    file.seek(0)
+    other = Pipe()
+    other.unet = torch.load(file, weights_only=False)
+    assert torch.equal(drawn(other), drawn(pipe))
+    with pytest.warns(UserWarning, match="'a' of an AdapterStack"):
+        AdapterStack(other)
+    assert torch.equal(drawn(other), drawn(Pipe()))
+
+
+class Halved(nn.Linear):
+    """Not the product of its weight alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (input @ self.weight.t()) * 0.5 + self.bias
+
+
+@pytest.mark.parametrize("weight", [0.7, [0.7, 0.2]])
+def test_layers_of_a_class_of_their_own_compute_the_same_for_many_tokens_as_for_few(weight: Any) -> None:
+    layer: Any = (pipe := Pipe()).unet.get_submodule("down_blocks.0.to_q")
+    layer.__class__ = Halved
+    stack = AdapterStack(pipe)
+    base = {x: layer(x) for x in (torch.randn(2, 3, 8), torch.randn(2, 400, 8))}
+    stack.add(part("a", "down"), weight)
+    share = part("a", "down").layers["unet"]["down_blocks.0.to_q"]
+    delta = (share.tensors["up"] @ share.tensors["down"]).t() * (share.alpha or 2) / 2
+    for x, out in base.items():
+        with torch.no_grad():
+            turned = torch.tensor(weight).reshape(-1, 1, 1)
+            torch.testing.assert_close(layer(x), out + x @ delta * turned, atol=1e-5, rtol=1e-5)
