@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -24,7 +24,9 @@ from lora_diffusion.quantize import (
     empty_encoder,
     empty_model,
     encoder_weights,
+    load_quantized,
     quantize,
+    saved_as,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,20 +74,25 @@ def load_pipeline(
     Precision is "fp32", "bf16", "fp16", "int8" or "nf4". A denoiser to be quantised is read layer by layer from the
     folder, so that memory never holds more of it than the quantised model and one layer. Its family says which layers
     stay in 16 bits besides the usual, with `keep_adaln` the timestep modulation too. `text_encoders` that are to be
-    quantised are read in the same way. ConfigError where the base cannot be opened, the device is absent or
+    quantised are read in the same way. A denoiser that `save_quantized` wrote into the folder is opened as it is, and
+    only at its own precision. ConfigError where the base cannot be opened, the device is absent or
     bitsandbytes is missing.
     """
     place = pick_device(device)
     base = folder_of(base)
     dtype = DTYPES[precision] if precision in DTYPES and compute == "auto" else pick_dtype(compute, place)
-    empty = {} if precision in DTYPES else _empty_denoiser(base)
+    if (saved := _saved(base)) is not None:
+        dtype = _dtype_of_saved(base, saved, precision, compute)
+    empty = {} if precision in DTYPES and saved is None else _empty_denoiser(base)
     encoders = {} if text_encoders is None or text_encoders in DTYPES else _empty_encoders(base)
     pipe = _open(base, dtype, **empty, **{name: model for name, (model, _) in encoders.items()})
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     report = None
-    if precision not in DTYPES:
+    if saved is not None:
+        report = load_quantized(denoiser_of(pipe), base / saved[0], device=place)
+    elif precision not in DTYPES:
         weights = WeightFiles(base / next(iter(empty))) if empty else None
         told: dict[str, Any] = {"compute_dtype": dtype, "device": place, "keep_adaln": keep_adaln}
         report = quantize(denoiser_of(pipe), precision, keep=_kept(pipe), weights=weights, **told)
@@ -116,7 +123,12 @@ def quantize_encoders(
 
 
 def load_for_drawing(base: str | Path, precision: Precision | None, device: str) -> Opened:
-    """`load_pipeline` with the precision that suits the device when None: bf16 on a GPU, fp32 on a CPU."""
+    """`load_pipeline` with the precision that suits the device when None: bf16 on a GPU, fp32 on a CPU.
+
+    A denoiser that was saved quantised keeps the precision it has.
+    """
+    if precision is None and (saved := _saved(folder_of(base))) is not None:
+        precision = cast("Precision", saved[1])
     if precision is None:
         precision = "fp32" if pick_device(device).type == "cpu" else "bf16"
     return load_pipeline(base, precision=precision, device=device)
@@ -161,6 +173,23 @@ def folder_of(base: str | Path) -> Path:
             return Path(DiffusionPipeline.download(named))
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"base {named!r} is no folder here and cannot be opened: {_reason(error)}") from None
+
+
+def _saved(folder: Path) -> tuple[str, str, torch.dtype] | None:
+    """(component, precision, what it computes in) of a denoiser that `save_quantized` wrote to a pipeline's folder."""
+    found = ((name, saved_as(folder / name)) for name in DENOISERS)
+    return next(((name, *saved) for name, saved in found if saved is not None), None)
+
+
+def _dtype_of_saved(base: Path, saved: tuple[str, str, torch.dtype], precision: Precision, compute: str) -> torch.dtype:
+    component, stored, dtype = saved
+    if precision != stored or (compute != "auto" and DTYPES[compute] != dtype):
+        asked = precision if precision != stored else f"{precision} that computes in {compute}"
+        raise ConfigError(
+            f"base {str(base)!r} has its {component} in {stored}, computing in {str(dtype).removeprefix('torch.')}; "
+            f"{asked} was asked for, which the base it was made of can give"
+        )
+    return dtype
 
 
 def _empty_denoiser(folder: Path) -> dict[str, torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from lora_diffusion import Adapter, AdapterFileError, load_adapter, save_adapter
 from lora_diffusion.cli.convert import convert
 from lora_diffusion.cli.inspect import inspect
+from lora_diffusion.errors import TargetError
 from lora_diffusion.methods import METHODS, new_method
 from tests import tiny
 from tests.formats import random_adapters
@@ -130,6 +132,61 @@ def test_convert_writes_a_peft_folder(tmp_path: Path):
     assert code == 0, said
     again = load_adapter(tmp_path / "folder")
     assert (again, again.spelling) == (adapter, "peft")
+
+
+def test_convert_replaces_a_peft_folder_only_when_asked_and_nothing_but_one(tmp_path: Path):
+    base, folder = tmp_path / "base", tmp_path / "folder"
+    tiny.sd().save_pretrained(base)
+    source = save_adapter(random_adapters.over(tiny.sd(), "unet"), tmp_path / "a.safetensors")
+    other = save_adapter(random_adapters.over(tiny.sd(), "unet", seed=1), tmp_path / "b.safetensors")
+    assert run("convert", source, folder, "--to", "peft", "--base", base)[0] == 0
+    with pytest.raises(AdapterFileError, match="exists already"):
+        run("convert", other, folder, "--to", "peft", "--base", base)
+    assert load_adapter(folder) == load_adapter(source)
+    assert run("convert", other, folder, "--to", "peft", "--base", base, "--overwrite")[0] == 0
+    assert load_adapter(folder) == load_adapter(other)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(AdapterFileError, match=r"more than a PEFT adapter \('notes.txt'\)"):
+        run("convert", source, folder, "--to", "peft", "--base", base, "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "folder", "a.safetensors", "b.safetensors"}
+
+
+def test_convert_names_the_spellings_that_are_written_and_writes_no_pickle(file: Path, tmp_path: Path):
+    with pytest.raises(TargetError, match=r"did you mean 'kohya'.*'comfy', 'peft'"):
+        run("convert", file, tmp_path / "b.safetensors", "--to", "koya")
+    with pytest.raises(AdapterFileError, match=r"call it b.safetensors"):
+        run("convert", file, tmp_path / "b.pt", "--to", "kohya")
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("widths", [{"emb_params": 768}, {"clip_l": 768, "clip_g": 1280}])
+def test_a_token_that_its_files_name_gives_stays_readable_elsewhere_and_keeps_its_name(
+    widths: dict[str, int], tmp_path: Path
+):
+    from safetensors.torch import load_file, save_file
+
+    tensors = {key: torch.randn(2, width) for key, width in widths.items()}
+    save_file(tensors, tmp_path / "kiki.safetensors")
+    run("convert", tmp_path / "kiki.safetensors", tmp_path / "b.safetensors", "--to", "embedding")
+    again = load_file(tmp_path / "b.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+    assert load_adapter(tmp_path / "b.safetensors").embeddings.keys() == {"kiki"}
+    code, said = run("inspect", tmp_path / "b.safetensors")
+    assert (code, "Stable Diffusion" in said, "kiki" in said) == (0, True, True)
+
+
+def test_inspect_shows_the_hashes_by_which_others_know_the_file(file: Path):
+    content = file.read_bytes()
+    behind = content[8 + int.from_bytes(content[:8], "little") :]
+    report = json.loads(run("inspect", file, "--json")[1])
+    assert report["hashes"] == {
+        "AutoV2": hashlib.sha256(content).hexdigest()[:10],
+        "AutoV3": hashlib.sha256(behind).hexdigest()[:12],
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    shown = run("inspect", file)[1]
+    assert f"AutoV2 {report['hashes']['AutoV2']}, AutoV3 {report['hashes']['AutoV3']}" in shown
 
 
 def test_convert_reads_a_pickle_and_says_so(tmp_path: Path):

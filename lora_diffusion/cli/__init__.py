@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -47,6 +48,7 @@ def application(*commands: Callable[..., None]) -> typer.Typer:
 
 def run(*commands: Callable[..., None]) -> None:
     """Run a command line. What goes wrong on purpose is one sentence and exit code 2; an interruption is 130."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels that it does not find
     try:
         application(*commands)()
     except LoraDiffusionError as error:

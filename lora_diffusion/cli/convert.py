@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_diffusion.errors import printable
+from lora_diffusion.errors import AdapterMismatchError, TargetError, did_you_mean, printable, some
 
 if TYPE_CHECKING:
     from lora_diffusion.adapter import Adapter
 
-#: spellings in which sd-scripts and ComfyUI know a family by its checkpoint's own layer names
-_ORIGINAL = {"comfy", "kohya"}
-_DIFFUSERS_NAMES_EVERYWHERE = {"Stable Diffusion 1.x", "Stable Diffusion 2.x"}
+#: families that cannot be told apart -> one that has all their layers' names
+_NAMED_LIKE = {"Stable Diffusion 1.x or 2.x": "Stable Diffusion 2.x"}
 
 
 def convert(
@@ -25,7 +24,7 @@ def convert(
     base: Annotated[
         str | None, typer.Option("--base", "-b", help="Pipeline folder, for families not known by heart.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file, or PEFT folder.")] = False,
     strict: Annotated[bool, typer.Option(help="Refuse a file in which something cannot be used.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Say what was written as JSON.")] = False,
 ) -> None:
@@ -35,15 +34,21 @@ def convert(
 
     Example: `lora-diffusion convert style.pt style.safetensors --to kohya`
     """
-    from lora_diffusion.formats.files import load_adapter, save_adapter
-    from lora_diffusion.formats.legacy import SUFFIXES, load_legacy
+    from lora_diffusion.formats import FORMATS
+    from lora_diffusion.formats.files import PICKLES, load_adapter, save_adapter
+    from lora_diffusion.formats.legacy import load_legacy
     from lora_diffusion.formats.peft_folder import MODEL, save_peft_folder
 
-    legacy = source.suffix.lower() in SUFFIXES
+    written_in = [*(name for name in FORMATS if FORMATS[name].writes), "peft"]
+    if to not in written_in:
+        raise TargetError(
+            f"--to {to}: no such spelling is written{did_you_mean(to, written_in)}; there are {some(written_in, 9)}"
+        )
+    legacy = source.suffix.lower() in PICKLES
     adapter = load_legacy(source, strict=strict) if legacy else load_adapter(source, strict=strict)
     adapter = _named_for(adapter, to, base)
     if to == "peft":
-        written = save_peft_folder(adapter, target) / MODEL
+        written = save_peft_folder(adapter, target, overwrite=overwrite) / MODEL
     else:
         written = save_adapter(adapter, target, format=to, overwrite=overwrite)
     said = {
@@ -65,15 +70,18 @@ def convert(
 
 def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:
     """The adapter under the layer names that `to` asks for, as far as its family or `base` gives them."""
-    from lora_diffusion.families.original import dotted, original
+    from lora_diffusion.families.original import named_for
     from lora_diffusion.families.skeletons import PUBLISHED, skeleton, skeleton_of
-    from lora_diffusion.formats.identity import family_of
-    from lora_diffusion.formats.provenance import named_layers
+    from lora_diffusion.formats.provenance import family_for
 
-    family = family_of(named_layers(adapter)).name
+    guessed = family_for(adapter).name
+    family = _NAMED_LIKE.get(guessed, guessed)
     if not len(adapter) or (base is None and family not in PUBLISHED):
         return adapter
     models = skeleton(family) if base is None else skeleton_of(base)
-    if to in _ORIGINAL and family not in _DIFFUSERS_NAMES_EVERYWHERE:
-        return original(adapter, models)
-    return dotted(adapter, models)
+    try:
+        return named_for(adapter, to, models)
+    except AdapterMismatchError:
+        if base is None and family != guessed:  # neither of them: its own names will do, if `to` can say them
+            return adapter
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -40,7 +41,7 @@ def inspect(
     worst = 0
     for file in files:
         try:
-            found, complete = _header(file) if header else _whole(file, base)
+            found, complete = _header(file, as_json) if header else _whole(file, base)
         except LoraDiffusionError as error:
             _complain(file, error, as_json)
             worst = 2
@@ -94,9 +95,19 @@ def _whole(file: Path, base: str | None) -> tuple[dict[str, Any], bool]:
 
         models = skeleton_of(base)
         read_weights(models, base, fit(leaning(adapter), models, finite=True).layers)
-    report, strengths = cover(adapter, models), spectra(adapter, models)
+    report, strengths = replace(cover(adapter, models), hashes=_hashes(file)), spectra(adapter, models)
     found = json.loads(report.to_json()) | {"spectra": [vars(row) for row in strengths]}
     return found | {"shown": _tables(report, strengths)}, report.complete
+
+
+def _hashes(file: Path) -> dict[str, str]:
+    """What Civitai and A1111 know the file by; none of a folder."""
+    from lora_diffusion.formats.container import file_digests
+
+    if file.is_dir():
+        return {}
+    whole, behind = file_digests(file)
+    return {"AutoV2": whole[:10], "AutoV3": behind[:12], "sha256": whole}
 
 
 def _tables(report: CoverageReport, strengths: list[Spectrum]) -> list[Any]:
@@ -113,7 +124,7 @@ def _tables(report: CoverageReport, strengths: list[Spectrum]) -> list[Any]:
     return [report, *([table] if strengths else [])]
 
 
-def _header(file: Path) -> tuple[dict[str, Any], bool]:
+def _header(file: Path, as_json: bool) -> tuple[dict[str, Any], bool]:
     """Without torch: what the names and the metadata say."""
     from lora_diffusion.formats.container import read_header
     from lora_diffusion.formats.identity import settings_of, tool_of, trigger_words
@@ -136,4 +147,4 @@ def _header(file: Path) -> tuple[dict[str, Any], bool]:
         "settings": settings_of(header.metadata),
         "metadata keys": sorted(header.metadata),
     }
-    return found, True
+    return {key: value for key, value in found.items() if value or as_json}, True

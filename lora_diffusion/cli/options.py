@@ -68,7 +68,7 @@ def parse_adapter(text: str) -> tuple[Path, Any]:
         path = Path(":".join(parts[:end]))
         if path.is_file() or (parts[0] and path.is_dir()):  # a folder: of PEFT, or with one adapter in it
             return path, parse_weight(":".join(parts[end:])) if parts[end:] else 1.0
-    raise ConfigError(f"adapter {parts[0]!r}: there is no such file or folder")
+    raise ConfigError(f"adapter {parts[0]!r} is not there")
 
 
 def adapter_names(paths: list[Path]) -> list[str]:

@@ -31,12 +31,34 @@ def dotted(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
     for component, home in homes(adapter.layers, models).items():
         if home not in models:
             raise AdapterMismatchError(f"adapter {adapter.name!r}: the base has no {component}")
-        found = resolve(adapter.layers[component], models[home])
+        try:
+            found = resolve(adapter.layers[component], models[home])
+        except AdapterMismatchError as error:
+            raise AdapterMismatchError(f"adapter {adapter.name!r}: {error}") from None
         if found.unmatched:
             model = type(models[home]).__name__
             raise AdapterMismatchError(f"adapter {adapter.name!r}: {found.unmatched[0]!r} is no layer of the {model}")
         layers[home] = found.layers
     return replace(adapter, layers=layers)
+
+
+def named_for(adapter: Adapter, spelling: str, models: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter under the layer names that the tools know which read `spelling`; `models` as in `dotted`.
+
+    ComfyUI's generic files have the checkpoint's own names, and so has sd-scripts, but for the U-Nets of Stable
+    Diffusion 1 and 2, where it has Diffusers'. AdapterMismatchError where the checkpoint fuses layers and the
+    adapter's method cannot be.
+    """
+    there = [models[component] for component in adapter.layers if component in models]
+    plain = spelling == "kohya" and not any(map(_has_own_names, there))
+    return dotted(adapter, models) if plain or spelling not in ("kohya", "comfy") else original(adapter, models)
+
+
+def _has_own_names(model: nn.Module) -> bool:
+    """Whether sd-scripts knows this denoiser by its checkpoint's names: SDXL (conditioned on sizes), transformers."""
+    if type(model).__name__ == "UNet2DConditionModel":
+        return getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time"
+    return bool(_places(model))
 
 
 def original(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
@@ -49,7 +71,7 @@ def original(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
 def _original(layers: Mapping[str, LayerAdapter], model: nn.Module) -> dict[str, LayerAdapter]:
     live = dict(model.named_modules())
     table: dict[str, tuple[str, Place]] = {}
-    for name, place in places(type(model).__name__, live).items():
+    for name, place in _places(model).items():
         for layer in place.layers:  # the widest name of a layer is the checkpoint's
             if layer not in table or len(place.layers) > len(table[layer][1].layers):
                 table[layer] = (name, place)
@@ -61,6 +83,10 @@ def _original(layers: Mapping[str, LayerAdapter], model: nn.Module) -> dict[str,
             target, place = table[name]
             renamed[target] = _fused(target, place, layers, live)
     return renamed
+
+
+def _places(model: nn.Module) -> dict[str, Place]:
+    return places(type(model).__name__, dict(model.named_modules()))
 
 
 def _fused(

@@ -1,12 +1,13 @@
 """The ComfyUI spelling: `diffusion_model.` before the checkpoint's own layer names, alpha tensors beside the pairs.
 
-    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight    (rank, in)      = down
-    diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight    (out, rank)     = up
-    diffusion_model.double_blocks.0.img_attn.qkv.alpha            ()
-    text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight    (rank, in)      = down
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight      (out, rank)     = up
+    diffusion_model.double_blocks.0.img_attn.qkv.alpha               ()
+    text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_down.weight
 
-Written as ai-toolkit and OneTrainer write it for FLUX and later families. Layer names are kept: give an adapter
-the checkpoint's own names first where ComfyUI knows only those (`families.original`).
+ComfyUI reads `lora_A` and `lora_B` as well, as ai-toolkit writes them; Diffusers 0.42 loads nothing of such a file
+of FLUX, without an error, and loads this one. Layer names are kept: give an adapter the checkpoint's own names first
+(`families.original.named_for`), for ComfyUI knows only those.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ _PREFIXES = {
     "text_conditioner": "diffusion_model.llm_adapter.",
     "connectors": "text_embedding_projection.",
 }
-_AS_PEFT = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 
 
 class Comfy:
@@ -59,10 +59,7 @@ class Comfy:
         for component, name, layer in adapter:
             clip = component in ("text_encoder", "text_encoder_2") and same_layer(name).startswith("encoder_layers_")
             level = "text_model." if clip and not name.startswith("text_model") else ""
-            path = f"{prefixes[component]}{level}{name}"
-            for key, tensor in layer_tensors(path, layer, who).items():
-                stem, _, suffix = key.removeprefix(path).partition(".")
-                tensors[f"{path}{stem}.{_AS_PEFT.get(suffix, suffix)}"] = tensor
+            tensors |= layer_tensors(f"{prefixes[component]}{level}{name}", layer, who)
         return tensors, dict(adapter.metadata)
 
 

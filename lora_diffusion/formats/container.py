@@ -10,6 +10,7 @@ memory is asked for, and nothing here needs torch until the tensors themselves a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -41,6 +42,7 @@ DTYPES: dict[str, tuple[int, str]] = {
     "U8": (1, "uint8"),
     "BOOL": (1, "bool"),
 }
+_NAMES = {torch_name: (width, name) for name, (width, torch_name) in DTYPES.items()}
 MAX_HEADER = 32 << 20  # bytes; the largest adapters seen, tag lists included, need 4 MiB
 MAX_BRACKETS = 2_000_000  # what opens a list or table, also inside metadata strings; each costs the parser 64 bytes
 MAX_TENSORS = 50_000  # the largest adapters seen hold 7,000
@@ -107,7 +109,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             _serialise(file, tensors, metadata)
@@ -121,6 +123,26 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that `write` puts behind the header: same tensors, same digest, whatever the metadata."""
+    found = hashlib.sha256()
+    for key in _in_order(tensors):
+        found.update(_bytes(tensors[key]))
+    return found.hexdigest()
+
+
+def file_digests(path: Path) -> tuple[str, str]:
+    """SHA-256 of a whole file, and of all behind its header. AdapterFileError for no sound safetensors file."""
+    with _opened(path) as file:
+        start = _read_header(file, path).data
+        file.seek(0)
+        whole, behind = hashlib.sha256(file.read(start)), hashlib.sha256()
+        while block := file.read(1 << 20):
+            whole.update(block)
+            behind.update(block)
+    return whole.hexdigest(), behind.hexdigest()
 
 
 def _fill(file: BinaryIO, target: memoryview) -> bool:
@@ -284,10 +306,9 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _serialise(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    names = {torch_name: (width, name) for name, (width, torch_name) in DTYPES.items()}
-    kinds = {key: names[str(tensor.dtype).removeprefix("torch.")] for key, tensor in tensors.items()}
+    kinds = {key: _kind(tensor) for key, tensor in tensors.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    order = sorted(tensors, key=lambda key: (-kinds[key][0], key))  # wide dtypes first: all stay aligned
+    order = _in_order(tensors)
     begin = 0
     for key in order:
         end = begin + tensors[key].numel() * kinds[key][0]
@@ -298,6 +319,18 @@ def _serialise(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[
     file.write(len(raw).to_bytes(8, "little") + raw)
     for key in order:
         file.write(_bytes(tensors[key]))
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda key: (-_kind(tensors[key])[0], key))  # wide dtypes first: all stay aligned
+
+
+def _kind(tensor: Tensor) -> tuple[int, str]:
+    """Bytes per element, and safetensors' name of the dtype. AdapterFileError for one that no adapter holds."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _NAMES:
+        raise AdapterFileError(f"a tensor of {name} cannot be written; adapters hold {', '.join(_NAMES)}")
+    return _NAMES[name]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

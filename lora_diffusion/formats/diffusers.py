@@ -103,11 +103,14 @@ def check_names(adapter: Adapter, spelling: str) -> None:
     """AdapterFileError for tokens, and for flattened layer names."""
     who = f"adapter {adapter.name!r}"
     if adapter.embeddings:
-        raise AdapterFileError(f"{who}: the {spelling} spelling has no place for tokens ({some(adapter.embeddings)})")
+        raise AdapterFileError(
+            f"{who}: the {spelling} spelling has no place for tokens ({some(adapter.embeddings)}); kohya and comfy have"
+        )
     flattened = [name for _, name, _ in adapter if _FLATTENED.match(name)]
     if flattened:
         raise AdapterFileError(
             f"{who}: {some(flattened)} are flattened names; {spelling} needs dotted ones, which only the model has"
+            " (`convert --base` names it)"
         )
 
 

@@ -2,7 +2,8 @@
 
 {"<cat>": (768) or (n, 768)}                       Diffusers
 {"emb_params": (n, 768)}                           kohya, A1111; the token is the file's name
-{"clip_l": (n, 768), "clip_g": (n, 1280)}          SDXL and later; the token is the file's name
+{"clip_l": (n, 768), "clip_g": (n, 1280)}          SDXL and later; the token is the file's name, or, in files written
+                                                   here, what the metadata call it
 {"text_encoders_0": …, "text_encoders_1": …}       cog-sdxl's .pti
 bundle_emb.<token>.clip_l                          OneTrainer, Civitai: inside an adapter's file
 <s1>                                               cloneofsimo/lora: inside an adapter's file
@@ -21,6 +22,9 @@ from lora_diffusion.formats import Parsed
 
 #: stands for a token that the file does not name; the file's own name takes its place
 UNNAMED = ""
+
+#: metadata key: what the token is called in a file that does not name it
+TOKEN = "lora_diffusion.token"
 
 ENCODERS: dict[str, str] = {
     "emb_params": "text_encoder",
@@ -74,7 +78,7 @@ def bundled(embeddings: Mapping[str, Mapping[str, Tensor]], who: str) -> dict[st
 
 
 class Embedding:
-    """Files of learned tokens and nothing else; written in the Diffusers way, or by encoder if there are several."""
+    """Files of learned tokens and nothing else; written in the Diffusers way, or A1111's where that cannot say them."""
 
     name = "embedding"
     writes = True
@@ -88,6 +92,8 @@ class Embedding:
         parsed = Parsed(layers={})
         parsed.embeddings, rest = take_embeddings(tensors, parsed.unused)
         parsed.unused |= dict.fromkeys(rest, "no token's vectors are spelled like that")
+        if metadata.get(TOKEN) and UNNAMED in parsed.embeddings:
+            parsed.embeddings[metadata[TOKEN]] = parsed.embeddings.pop(UNNAMED)
         return parsed
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -98,7 +104,12 @@ class Embedding:
         plain = all(vectors.keys() == {"text_encoder"} for vectors in adapter.embeddings.values())
         if plain and all(_TOKEN.fullmatch(token) for token in adapter.embeddings):
             return {token: vectors["text_encoder"] for token, vectors in adapter.embeddings.items()}, adapter.metadata
-        return bundled(adapter.embeddings, who), dict(adapter.metadata)
+        tensors = bundled(adapter.embeddings, who)
+        if len(adapter.embeddings) > 1:
+            return tensors, dict(adapter.metadata)
+        (token,) = adapter.embeddings  # A1111 and ComfyUI know one token a file, by the file's name
+        alone = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
+        return {"emb_params": alone["clip_l"]} if plain else alone, {**adapter.metadata, TOKEN: token}
 
 
 EMBEDDING = Embedding()

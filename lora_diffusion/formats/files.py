@@ -18,10 +18,9 @@ from lora_diffusion.formats import FORMATS, Format, Parsed, container
 from lora_diffusion.formats.embeddings import UNNAMED
 from lora_diffusion.formats.keys import refused
 from lora_diffusion.formats.peft_config import SIDECAR_KEY
-from lora_diffusion.formats.provenance import carried, provenance
+from lora_diffusion.formats.provenance import hashes, metadata_for
 
-#: what must be true of the file that is written, whatever an older file said
-_ALWAYS_NEW = ("ss_network_dim", "ss_network_alpha", "lora_diffusion.content_hash", "lora_diffusion.version")
+PICKLES = (".pt", ".bin", ".ckpt", ".pth")  # what files of torch.save are called
 _MAX_SIDECAR = 4 << 20  # characters
 
 
@@ -74,17 +73,17 @@ def save_adapter(
 ) -> Path:
     """Write `adapter` as a safetensors file in the spelling `format`, whole or not at all; returns the path.
 
-    The file says what it holds in the keys that other tools read (`modelspec.*`, `ss_*`, a content hash);
-    the adapter's own metadata is kept where it still holds, and `metadata` stands above both.
+    The file says what it holds in the keys that other tools read (`modelspec.*`, `ss_*`, hashes); the adapter's
+    own metadata is kept where it still holds, and `metadata` stands above both, but for the hashes.
     AdapterFileError for an adapter without content or with values that are not finite, for what the spelling
     cannot say, and for a file that exists unless `overwrite`. TargetError for an unknown format.
     """
     path = Path(path)
+    if path.suffix.lower() in PICKLES:
+        raise AdapterFileError(f"{path}: safetensors are written, and no pickle; call it {path.stem}.safetensors")
     adapter.check()
-    true = provenance(adapter)
-    kept = true | carried(adapter.metadata) | {key: true[key] for key in _ALWAYS_NEW if key in true}
-    tensors, said = FORMATS[format].dump(replace(adapter, metadata={**kept, **(metadata or {})}))
-    container.write(path, tensors, said, overwrite)
+    tensors, said = FORMATS[format].dump(replace(adapter, metadata=metadata_for(adapter, metadata)))
+    container.write(path, tensors, {**said, **hashes(tensors)}, overwrite)
     return path
 
 

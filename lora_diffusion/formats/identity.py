@@ -26,9 +26,9 @@ class Family:
 
 UNKNOWN = Family("unknown")
 
+#: as sd-scripts calls them; not of Stable Diffusion 2, which has one for each prediction type
 _ARCHITECTURES = {
     "Stable Diffusion 1.x": "stable-diffusion-v1",
-    "Stable Diffusion 2.x": "stable-diffusion-v2",
     "Stable Diffusion XL": "stable-diffusion-xl-v1-base",
     "Stable Diffusion 3": "stable-diffusion-3-medium",
     "FLUX.1": "flux-1-dev",
@@ -78,6 +78,17 @@ def family_of(layers: Iterable[Named]) -> Family:
     if "text_encoder_2" in components:
         return _family("Stable Diffusion XL", "it has a second text encoder")
     return next((_family(_TEXT[w], f"its text encoder is {w} wide") for w in sorted(widths & _TEXT.keys())), UNKNOWN)
+
+
+def family_of_tokens(widths: Iterable[Mapping[str, int]]) -> Family:
+    """The family whose text encoders are as wide as learned tokens: component -> width, for each token."""
+    for width in widths:
+        if width.get("text_encoder") == 768 and width.get("text_encoder_2") == 1280:
+            return _family("Stable Diffusion XL", "its tokens are 768 and 1,280 wide")
+        alone = width.get("text_encoder", 0) if len(width) == 1 else 0
+        if alone in _TEXT:
+            return _family(_TEXT[alone], f"its tokens are {alone:,} wide")
+    return UNKNOWN
 
 
 def _family(name: str, why: str) -> Family:
@@ -137,11 +148,25 @@ _TOOLS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
 )
 
 
+#: keys that only the tool that trained writes
+_TRAINERS = {
+    "ss_session_id",
+    "ss_sd_scripts_commit_hash",
+    "ss_training_started_at",
+    "software",
+    "ot_branch",
+    "ot_config",
+}
+
+
 def tool_of(metadata: Mapping[str, str], spelling: str = "") -> str:
     """The tool that wrote the file, as far as metadata and spelling say."""
-    for key, test, tool in _TOOLS:
-        if key in metadata and test(metadata[key]):
-            return tool
+    origin = next((tool for key, test, tool in _TOOLS if key in metadata and test(metadata[key])), None)
+    if "lora_diffusion.version" in metadata:  # says nothing of who trained it; the network's keys are written anew
+        foreign = _TRAINERS & metadata.keys()
+        return f"{origin}, then lora_diffusion" if foreign and origin else "lora_diffusion"
+    if origin:
+        return origin
     fixed = {"cloneofsimo": "cloneofsimo/lora", "xlabs": "XLabs", "peft": "PEFT", "lycoris": "LyCORIS"}
     return fixed.get(spelling, "unknown")
 

@@ -3,7 +3,7 @@
     lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight      (rank, in[, kh, kw])   = down
     lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight        (out, rank[, 1, 1])    = up
     lora_unet_down_blocks_0_attentions_0_proj_in.alpha                 ()
-    lora_te_…, or lora_te1_… and lora_te2_… where there are two text encoders, lora_te3_… for T5
+    lora_te_…, or lora_te1_… and lora_te2_… where the base has two text encoders, lora_te3_… for T5
 
 `lora_unet_` is the denoiser of any family; sd-scripts' OFT is under `oft_unet_`, for FLUX as lists, `.oft_blocks.0`,
 `.1` and so on, one tensor for each part of a fused layer. A layer without alpha has alpha = its rank, never its
@@ -24,6 +24,7 @@ from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
 from lora_diffusion.formats.keys import numbered_as
+from lora_diffusion.formats.provenance import family_for
 
 _STARTS = (
     "lora_unet_",
@@ -98,9 +99,8 @@ class Kohya:
         """Tensors and metadata. AdapterFileError for what has no kohya name: tokens, other components or methods."""
         who = f"adapter {adapter.name!r}"
         check_components(adapter, _PREFIXES, "kohya")
-        only = "text_encoder_2" not in adapter.layers and "text_encoder_3" not in adapter.layers
         first = "lora_prior_te_" if "prior" in adapter.layers else "lora_te_"
-        prefixes = {**_PREFIXES, "text_encoder": first} if only else _PREFIXES
+        prefixes = {**_PREFIXES, "text_encoder": first} if _has_one_encoder(adapter) else _PREFIXES
         prefixes = {component: prefixes[numbered_as(component, adapter.layers)] for component in adapter.layers}
         tensors = bundled(adapter.embeddings, who)
         in_lists = any("blocks.0" in layer.tensors for *_, layer in adapter)
@@ -114,6 +114,12 @@ class Kohya:
                 raise AdapterFileError(f"{who}: two layers of {component} flatten to {path!r}; {name!r} is one")
             tensors |= layer_tensors(path, layer, who)
         return tensors, dict(adapter.metadata)
+
+
+def _has_one_encoder(adapter: Adapter) -> bool:
+    """Whether the base has one text encoder, as far as the adapter tells: Stable Diffusion 1 and 2."""
+    others = {"text_encoder_2", "text_encoder_3", "transformer"} & adapter.layers.keys()
+    return not others and family_for(adapter).name != "Stable Diffusion XL"
 
 
 def _body(component: str, name: str) -> str:

@@ -24,16 +24,17 @@ from lora_diffusion.formats import container
 from lora_diffusion.formats.diffusers import check_names, check_pairs, pair_tensors
 from lora_diffusion.formats.peft_config import config_of
 from lora_diffusion.formats.peft_vera import vera_config, vera_tensors
-from lora_diffusion.formats.provenance import carried, provenance
+from lora_diffusion.formats.provenance import hashes, metadata_for
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_peft_folder(adapter: Adapter, folder: str | Path) -> Path:
+def save_peft_folder(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write `adapter` as the PEFT folder `folder`, whole or not at all; returns the folder.
 
-    AdapterFileError for a folder that exists, for an adapter of several components or of text encoders (PEFT names
-    none), for other methods than lora, dora and vera, and for values that are not finite.
+    AdapterFileError for a folder that exists, unless `overwrite` and it holds a PEFT adapter and nothing else; for
+    an adapter of several components or of text encoders (PEFT names none), for other methods than lora, dora and
+    vera, and for values that are not finite.
     """
     folder = Path(folder)
     adapter.check()
@@ -43,25 +44,58 @@ def save_peft_folder(adapter: Adapter, folder: str | Path) -> Path:
         raise AdapterFileError(
             f"adapter {adapter.name!r}: a PEFT folder holds one denoiser, it has {some(adapter.layers)}"
         )
-    if folder.exists():
-        raise AdapterFileError(f"{folder} exists already; choose another name")
+    _check_free(folder, overwrite)
     (layers,) = adapter.layers.values()
     said, metadata = vera_config(layers, f"adapter {adapter.name!r}") if is_vera else (_lora_config(layers), {})
     tensors = vera_tensors(layers) if is_vera else _lora_tensors(layers)
-    metadata = {"format": "pt", **provenance(adapter), **carried(adapter.metadata), **metadata}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    parts = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    metadata = {"format": "pt", **metadata_for(adapter, metadata), **hashes(tensors)}
+    parts = _beside(folder)
     try:
         container.write(parts / MODEL, tensors, metadata)
         config = json.dumps(said | _config(layers), indent=2, sort_keys=True)
         (parts / CONFIG).write_text(config + "\n", encoding="utf-8")
         parts.chmod(0o777 & ~container.umask())
-        parts.rename(folder)
+        _put(parts, folder)
     except OSError as error:
-        raise AdapterFileError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise AdapterFileError(
+            f"{folder}: cannot be written ({error.strerror or error}); nothing was changed"
+        ) from error
     finally:
         shutil.rmtree(parts, ignore_errors=True)
     return folder
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise AdapterFileError(f"{folder} exists already; choose another name or ask to overwrite it")
+    others = {path.name for path in folder.iterdir()} - {CONFIG, MODEL} if folder.is_dir() else {folder.name}
+    if others:
+        raise AdapterFileError(f"{folder} holds more than a PEFT adapter ({some(sorted(others))}); choose another name")
+
+
+def _beside(folder: Path) -> Path:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    except OSError as error:
+        raise AdapterFileError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _put(parts: Path, folder: Path) -> None:
+    """Give `parts` the name `folder`; a folder of that name comes back where that fails, and is gone otherwise."""
+    if not folder.exists():
+        parts.rename(folder)
+        return
+    old = parts.with_suffix(".old")
+    folder.rename(old)
+    try:
+        parts.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _lora_tensors(layers: Mapping[str, LayerAdapter]) -> dict[str, Tensor]:

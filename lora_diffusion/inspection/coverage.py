@@ -23,8 +23,8 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import printable
 from lora_diffusion.fitting import fit
 from lora_diffusion.formats.assemble import rank_of
-from lora_diffusion.formats.identity import family_of, settings_of, tool_of, trigger_words
-from lora_diffusion.formats.provenance import named_layers
+from lora_diffusion.formats.identity import settings_of, tool_of, trigger_words
+from lora_diffusion.formats.provenance import family_for
 from lora_diffusion.inspection.blocks import block_of, in_order
 
 
@@ -60,6 +60,7 @@ class CoverageReport:
     settings: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)  # tensor of the file -> why it is not used
     unplaced: dict[str, str] = field(default_factory=dict)  # layer -> why it finds no place on the model
+    hashes: dict[str, str] = field(default_factory=dict)  # of the file, as other tools shorten and call them
     placed: int | None = None  # layers of the model that it changes; None where no model was asked
 
     @property
@@ -71,19 +72,30 @@ class CoverageReport:
         """The report as JSON text, with `complete`."""
         return json.dumps({**asdict(self), "complete": self.complete}, indent=indent, ensure_ascii=False)
 
+    @classmethod
+    def from_json(cls, text: str) -> CoverageReport:
+        """The report that `to_json` made this text of."""
+        said: dict[str, Any] = json.loads(text)
+        del said["complete"]  # follows from the rest
+        said["rows"] = [Row(**row) for row in said["rows"]]
+        return cls(**said)
+
     def __str__(self) -> str:
-        console = Console(width=120, no_color=True)
+        console = Console(width=80, no_color=True)
         with console.capture() as captured:
             console.print(self)
         return captured.get()
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [self._summary(), *([self._blocks()] if self.rows else [])]
-        if self.settings:
-            parts.append(_pairs("trained with", self.settings))
-        for title, found in (("not used", self.unused), ("without a place", self.unplaced)):
+        parts: list[RenderableType] = [self._summary(), self._blocks() if self.rows else ""]
+        lists = {
+            "trained with": self.settings,
+            f"not used: {len(self.unused):,}": self.unused,
+            f"without a place: {len(self.unplaced):,}": self.unplaced,
+        }
+        for title, found in lists.items():
             if found:
-                parts.append(_pairs(f"{title}: {len(found):,}", dict(list(found.items())[:20])))
+                parts += [_pairs(title, dict(list(found.items())[:20])), ""]
         return Group(*parts)
 
     def _summary(self) -> Table:
@@ -96,6 +108,7 @@ class CoverageReport:
             "tokens": ", ".join(tokens),
             "trigger words": ", ".join(self.trigger_words),
             "content": self.content_hash[:16],
+            "file": ", ".join(f"{name} {value}" for name, value in self.hashes.items() if name != "sha256"),
             "coverage": ("everything is used" if self.complete else "NOT everything is used") + placed,
         }
         return _pairs(self.name, {key: value for key, value in lines.items() if value})
@@ -115,7 +128,7 @@ class CoverageReport:
 
 def cover(adapter: Adapter, pipe: Any = None) -> CoverageReport:
     """What `adapter` is, and with `pipe` (a Diffusers pipeline or component -> model) where its layers go."""
-    family = family_of(named_layers(adapter))
+    family = family_for(adapter)
     found = None if pipe is None else fit(adapter, _models(pipe))
     return CoverageReport(
         name=adapter.name,

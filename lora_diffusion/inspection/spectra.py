@@ -27,6 +27,7 @@ from lora_diffusion.methods import METHODS, is_dense
 from lora_diffusion.methods.loha import tucker
 from lora_diffusion.methods.lokr import factors
 
+LARGEST = 1 << 28  # numbers; the largest layers of FLUX have 2 ** 26
 Values = Mapping[tuple[str, str], Tensor]
 
 
@@ -50,8 +51,16 @@ def singular_values(layer: LayerAdapter) -> Tensor | None:
 
 
 def _is_told(layer: LayerAdapter) -> bool:
-    """Whether its own tensors tell how strong it is."""
-    return layer.method in _VALUES and not {"magnitude", "window"} & layer.tensors.keys()
+    """Whether its own tensors tell how strong it is, and those of no layer that could be."""
+    return layer.method in _VALUES and not {"magnitude", "window"} & layer.tensors.keys() and _largest(layer) <= LARGEST
+
+
+def _largest(layer: LayerAdapter) -> int:
+    """A bound of the largest matrix that is made of its factors, in numbers; a pair's is never made."""
+    if layer.method not in ("loha", "lokr"):
+        return 0
+    widths = sorted((width for tensor in layer.tensors.values() for width in tensor.shape), reverse=True)
+    return math.prod(widths[:2])
 
 
 def _leans(layer: LayerAdapter) -> bool:

@@ -11,7 +11,7 @@ The modules are walked here, layer by layer, so that memory never holds two copi
 """
 
 from lora_diffusion.quantize.contents import fingerprint, own_tensors, weight_bytes
-from lora_diffusion.quantize.files import load_quantized, save_quantized
+from lora_diffusion.quantize.files import load_quantized, save_quantized, saved_as
 from lora_diffusion.quantize.layers import dequantize, is_quantized
 from lora_diffusion.quantize.plan import ADALN, Precision
 from lora_diffusion.quantize.report import LayerCost, QuantizationReport
@@ -34,5 +34,6 @@ __all__ = [
     "own_tensors",
     "quantize",
     "save_quantized",
+    "saved_as",
     "weight_bytes",
 ]

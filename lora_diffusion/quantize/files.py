@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from lora_diffusion.errors import ConfigError, some
 from lora_diffusion.quantize.contents import frozen_modules, tie, ties
 from lora_diffusion.quantize.int8 import Int8Linear
 from lora_diffusion.quantize.layers import four_bit_from_bytes, is_four_bit
-from lora_diffusion.quantize.plan import Fate
+from lora_diffusion.quantize.plan import DTYPES, Fate
 from lora_diffusion.quantize.report import QuantizationReport
 from lora_diffusion.quantize.walk import checked_device, report_on
 
-__all__ = ["FILE_NAME", "load_quantized", "save_quantized"]
+__all__ = ["FILE_NAME", "load_quantized", "save_quantized", "saved_as"]
 
 FILE_NAME = "quantized.safetensors"
 _LAYERS = "lora_diffusion_layers"  # metadata key: layer -> how it is stored
@@ -61,14 +62,8 @@ def load_quantized(
     """
     where = checked_device(device)
     path = Path(folder) / FILE_NAME
-    try:
-        with safe_open(path, framework="pt", device=str(where)) as file:
-            layers: dict[str, dict[str, str]] = json.loads((file.metadata() or {}).get(_LAYERS, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read as a quantised model: {error}") from error
-    if layers is None:  # pyright: ignore[reportUnnecessaryComparison]
-        raise ConfigError(f"{path}: holds no quantised model; expected a file written by save_quantized")
+    with _opened(path, where) as (file, layers):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     _check_fits(model, layers, tensors, path)
     for name, how in layers.items():
         model.set_submodule(name, _layer_from(model.get_submodule(name), how, _pop_below(tensors, name), where))
@@ -81,6 +76,37 @@ def load_quantized(
     model.requires_grad_(requires_grad=False)
     fates = {name: Fate("kept", "as it was saved") for name in layers}
     return report_on(model, "as saved", fates)
+
+
+def saved_as(folder: str | os.PathLike[str]) -> tuple[str, torch.dtype] | None:
+    """(precision, dtype that it computes in) of the model that `save_quantized` wrote to `folder`; None without one.
+
+    ConfigError for a broken file.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return None
+    with _opened(path, torch.device("cpu")) as (file, layers):
+        names = (name for name in file.keys() if _home(name, layers) is None)  # noqa: SIM118
+        kept = (file.get_tensor(name).dtype for name in names)
+        dtype = next((dtype for dtype in kept if dtype.is_floating_point), torch.bfloat16)
+    computes = [getattr(torch, how["compute_dtype"]) for how in layers.values() if "compute_dtype" in how]
+    stored = {how["stored"] for how in layers.values()}
+    small = next((kind for kind in ("nf4", "int8") if kind in stored), None)
+    return small or next(name for name, one in DTYPES.items() if one == dtype), computes[0] if computes else dtype
+
+
+@contextmanager
+def _opened(path: Path, device: torch.device) -> Generator[tuple[Any, dict[str, dict[str, str]]]]:
+    """The open file, and layer -> how it is stored."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            layers = json.loads((file.metadata() or {}).get(_LAYERS, "null"))
+            if layers is None:
+                raise ConfigError(f"{path}: holds no quantised model; expected a file written by save_quantized")
+            yield file, layers
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be read as a quantised model: {error}") from error
 
 
 def _stored(module: nn.Module) -> dict[str, str]:

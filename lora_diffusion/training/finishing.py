@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lora_diffusion.adapter import Adapter
+from lora_diffusion.errors import AdapterMismatchError
+from lora_diffusion.families.original import named_for
 from lora_diffusion.formats.files import save_adapter
 from lora_diffusion.layers import core
 from lora_diffusion.pipelines import DTYPES
@@ -21,6 +25,8 @@ from lora_diffusion.training.results import Listener, Progress, TrainResult
 
 if TYPE_CHECKING:
     from lora_diffusion.training.loop import Run
+
+MOST_TAGS = 200
 
 
 def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
@@ -49,7 +55,7 @@ def finish(run: Run, seconds: float, listen: Listener) -> TrainResult:
     if run.processes.index == 0:
         for adapter, bands in made:
             said = _metadata(run, adapter.name, mean(base), mean(bands))
-            save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
+            _save(run, adapter, said)
     adapter, trained = made[0]
     result = TrainResult(
         _path(run, adapter),
@@ -81,8 +87,15 @@ def save_state(run: Run, title: str, loss: float = math.nan) -> Path:
     adapter = run.trained.adapter(title, dtype=DTYPES[run.config.adapter.save_dtype])
     path, said = _path(run, adapter), _metadata(run, title, None, loss)
     if run.processes.index == 0:
-        save_adapter(adapter, path, format=run.format, overwrite=True, metadata=said)
+        _save(run, adapter, said)
     return path
+
+
+def _save(run: Run, adapter: Adapter, said: dict[str, str]) -> None:
+    """Write the file, under the layer names that the tools of its format know where those can say the method."""
+    with suppress(AdapterMismatchError):
+        adapter = named_for(adapter, run.format, {a.component: a.model for a in run.trained.attachments})
+    save_adapter(adapter, _path(run, adapter), format=run.format, overwrite=True, metadata=said)
 
 
 def _norm(model: nn.Module, name: str) -> float:
@@ -125,8 +138,39 @@ def _metadata(run: Run, title: str, base: float | None, trained: float) -> dict[
         **({} if run.start is None else {"continues_sha256": run.start}),
         "settings": {**config, "data": {"resolution": run.config.data.resolution}},
     }
-    return {
-        "lora_diffusion": json.dumps(facts, sort_keys=True),
-        "modelspec.title": title,
-        "modelspec.trigger_phrase": run.config.data.trigger,
+    return {"lora_diffusion": json.dumps(facts, sort_keys=True), "modelspec.title": title, **_for_others(run)}
+
+
+def _for_others(run: Run) -> dict[str, str]:
+    """The run in the keys that other tools show: sd-scripts' and those of the model specification.
+
+    Without a date, so that the same run writes the same bytes.
+    """
+    data, loop = run.config.data, run.config.train
+    predicts = {"v_prediction": "v", "epsilon": "epsilon"}
+    scheduler: Any = getattr(run.opened.pipe.scheduler, "config", {})
+    said = {
+        "modelspec.resolution": f"{data.resolution}x{data.resolution}",
+        "modelspec.trigger_phrase": data.trigger,
+        "modelspec.prediction_type": predicts.get(scheduler.get("prediction_type"), ""),
+        "ss_sd_model_name": Path(run.config.base).name,
+        "ss_resolution": f"({data.resolution}, {data.resolution})",
+        "ss_num_train_images": str(len(run.data.items)),
+        "ss_batch_size_per_device": str(loop.batch),
+        "ss_gradient_accumulation_steps": str(loop.accumulate),
+        "ss_steps": str(run.step),
+        "ss_max_train_steps": str(loop.steps),
+        "ss_learning_rate": str(loop.lr),
+        "ss_optimizer": loop.optimizer,
+        "ss_lr_scheduler": loop.schedule,
+        "ss_seed": str(loop.seed),
+        "ss_tag_frequency": _tags(run),
     }
+    return {key: value for key, value in said.items() if value}
+
+
+def _tags(run: Run) -> str:
+    """{folder: {tag: pictures}} of the commonest tags, as sd-scripts counts them: what stands between commas."""
+    texts = [run.data.texts[item.captions[0]] for item in run.data.items if item.captions and run.data.texts]
+    tags = Counter(tag.strip() for text in texts for tag in text.split(",") if tag.strip())
+    return json.dumps({run.config.data.folder.name: dict(tags.most_common(MOST_TAGS))}) if tags else ""

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_diffusion import Adapter, AdapterMismatchError, LayerAdapter, load_adapter, save_adapter
 from lora_diffusion.families.naming import resolve
-from lora_diffusion.families.original import dotted, original
+from lora_diffusion.families.original import dotted, named_for, original
 from lora_diffusion.families.skeletons import PUBLISHED, skeleton, skeleton_of
 from tests import tiny
 from tests.formats import random_adapters
@@ -93,3 +93,22 @@ def test_a_pipeline_folder_gives_its_layers(tmp_path: Path):
     for component in ("unet", "text_encoder"):
         live: nn.Module = getattr(pipe, component)
         assert [name for name, _ in models[component].named_modules()] == [name for name, _ in live.named_modules()]
+
+
+@pytest.mark.parametrize(
+    ("build", "spelling", "begins"),
+    [
+        (tiny.sd, "kohya", "mid_block"),
+        (tiny.sd, "comfy", "middle_block"),
+        (tiny.sd, "diffusers", "mid_block"),
+        (tiny.sdxl, "kohya", "middle_block"),
+        (tiny.sdxl, "comfy", "middle_block"),
+        (tiny.sdxl, "peft", "mid_block"),
+    ],
+)
+def test_each_spelling_has_the_names_that_its_tools_know_of_a_unet(build, spelling: str, begins: str):
+    pipe = build()
+    adapter = random_adapters.over(pipe, "unet", "text_encoder")
+    for start in (adapter, original(adapter, pipe.components)):
+        names = named_for(start, spelling, pipe.components).layers["unet"]
+        assert {name.split(".")[0] for name in names} & {"mid_block", "middle_block"} == {begins}

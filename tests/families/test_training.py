@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from lora_diffusion import AdapterStack, TrainConfig, train
+from lora_diffusion import AdapterStack, TrainConfig, load_adapter, train
 from lora_diffusion.families import FAMILIES, family_of
 from lora_diffusion.families.encoding import pack, unpack
 from lora_diffusion.training.objective import Flow, losses, objective_for
@@ -208,14 +208,35 @@ def test_trained_over_nf4_it_loads_in_diffusers_and_changes_the_picture(name: st
         np.testing.assert_allclose(ours, drawn(peer), atol=2e-5)
 
 
-def _config(root: Path) -> TrainConfig:
+def test_a_format_of_other_tools_has_the_layer_names_that_they_know(tmp_path: Path) -> None:
+    tiny.sdxl().save_pretrained(tmp_path / "base")
+    result = train(_config(tmp_path, format="kohya"))
+    assert result.adapter is not None
+    pipe, peer = (DiffusionPipeline.from_pretrained(tmp_path / "base") for _ in range(2))
+    adapter = load_adapter(result.adapter)
+    assert all(name.startswith(("input_blocks", "middle_block", "output_blocks")) for _, name, _ in adapter)
+    AdapterStack(pipe).add(adapter)
+    peer.load_lora_weights(result.adapter)
+    np.testing.assert_allclose(drawn(pipe), drawn(peer), atol=2e-5)
+
+
+def test_a_method_that_the_checkpoints_names_cannot_say_keeps_diffusers_names(tmp_path: Path) -> None:
+    tiny.flux().save_pretrained(tmp_path / "base")
+    result = train(_config(tmp_path, method="lokr"))
+    assert result.adapter is not None
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    AdapterStack(pipe).add(result.adapter)
+    assert any("transformer_blocks_0_attn_to_q" in name for _, name, _ in load_adapter(result.adapter))
+
+
+def _config(root: Path, **adapter: str) -> TrainConfig:
     return TrainConfig.parse(
         {
             "name": "blocks",
             "base": str(root / "base"),
             "output": str(root / "out"),
             "data": {"folder": str(picture_pack(root / "pack", 3)), "heldout": 0.34, "resolution": 32},
-            "adapter": {"rank": 4, "targets": "attention+ff"},
+            "adapter": {"rank": 4, "targets": "attention+ff"} | adapter,
             "backbone": {"device": "cpu"},
             "train": {"steps": 3, "batch": 2, "lr": 3e-2, "warmup": 0, "checkpoint_every": 3},
         }

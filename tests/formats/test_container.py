@@ -96,6 +96,42 @@ def test_a_failed_write_leaves_what_was_there_and_no_litter(tmp_path: Path, monk
     assert (tmp_path / "a").read_bytes() == before
 
 
+INTERRUPTED = """
+import resource, sys, torch
+from pathlib import Path
+from lora_diffusion import AdapterFileError
+from lora_diffusion.formats import container
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # as on a disk that becomes full
+try:
+    container.write(Path(sys.argv[1]), {"z": torch.ones(1 << 20)}, {}, overwrite=True)
+except AdapterFileError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_becomes_full_leaves_what_was_there_and_no_litter(tmp_path: Path):
+    container.write(tmp_path / "a", SAMPLE, {})
+    before = (tmp_path / "a").read_bytes()
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "nothing was changed" in said
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", before)]
+
+
+@pytest.mark.parametrize("taken", ["a folder", "below a file"])
+def test_a_place_that_cannot_be_written_is_an_error_and_nothing_changes(taken: str, tmp_path: Path):
+    (tmp_path / "a").mkdir() if taken == "a folder" else (tmp_path / "a").touch()
+    path = tmp_path / "a" if taken == "a folder" else tmp_path / "a" / "b"
+    with pytest.raises(AdapterFileError, match="cannot be written"):
+        container.write(path, SAMPLE, {}, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_longest_name_that_a_disk_takes_is_written(tmp_path: Path):
+    container.write(tmp_path / ("é" * 127), SAMPLE, {})
+    assert len([*tmp_path.iterdir()]) == 1
+
+
 def test_tensors_without_a_number_are_read_as_such(tmp_path: Path):
     """No byte behind the header: what cannot be used is said by those who use it."""
     empty = torch.zeros(0, 4)

@@ -51,7 +51,7 @@ def test_damaged_metadata_gives_no_words_and_no_error(text: str):
 
 def test_what_is_written_says_what_it_holds(tmp_path: Path):
     adapter = random_adapters.over(tiny.flux(), "transformer")
-    adapter.metadata = {"ss_network_dim": "77", "ss_seed": "1", "lora_adapter_metadata": "{}", "sshs_model_hash": "0"}
+    adapter.metadata = {"ss_network_dim": "77", "ss_seed": "1", "lora_adapter_metadata": "{}"}
     path = save_adapter(adapter, tmp_path / "a.safetensors", format="kohya", metadata={"modelspec.author": "me"})
     said = load_adapter(path).metadata
     assert said["modelspec.architecture"] == "flux-1-dev/lora"
@@ -59,7 +59,7 @@ def test_what_is_written_says_what_it_holds(tmp_path: Path):
     assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("Dynamic", "Dynamic")
     assert (said["ss_network_module"], said["ss_base_model_version"]) == ("networks.lora_flux", "flux1")
     assert (said["ss_seed"], said["modelspec.author"]) == ("1", "me")
-    assert not {"lora_adapter_metadata", "sshs_model_hash"} & said.keys()
+    assert "lora_adapter_metadata" not in said
 
 
 def test_one_rank_and_one_alpha_are_said(tmp_path: Path):

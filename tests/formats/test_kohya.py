@@ -10,6 +10,7 @@ from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPi
 
 from lora_diffusion import Adapter, AdapterFileError, LayerAdapter, load_adapter, save_adapter
 from lora_diffusion.families.naming import resolve
+from lora_diffusion.formats.comfy import COMFY
 from lora_diffusion.formats.kohya import KOHYA
 from tests.formats import random_adapters
 
@@ -65,6 +66,25 @@ def test_one_text_encoder_is_te_and_two_are_te1_and_te2(sdxl: StableDiffusionXLP
     two, _ = KOHYA.dump(random_adapters.over(sdxl, "text_encoder", "text_encoder_2"))
     assert all(key.startswith("lora_te_text_model_encoder_layers_") for key in one)
     assert {key[:9] for key in two} == {"lora_te1_", "lora_te2_"}
+
+
+def test_a_base_with_several_text_encoders_has_te1_even_where_the_others_are_not_adapted(
+    sdxl: StableDiffusionXLPipeline, flux: FluxPipeline
+):
+    for pipe, denoiser in ((sdxl, "unet"), (flux, "transformer")):
+        adapter = random_adapters.over(pipe, denoiser, "text_encoder")
+        tensors, _ = KOHYA.dump(adapter)
+        assert {key.partition("text_model")[0] for key in tensors if "text_model" in key} == {"lora_te1_"}
+        assert Adapter("again", KOHYA.load(tensors, {}).layers) == adapter
+
+
+@pytest.mark.parametrize(("spelling", "prefix"), [(KOHYA, "lora_te3_"), (COMFY, "text_encoders.t5xxl.transformer.")])
+def test_the_t5_of_flux_is_called_as_sd_scripts_and_comfyui_call_it(spelling, prefix: str, flux: FluxPipeline):
+    adapter = random_adapters.over(flux, "transformer", "text_encoder_2")
+    tensors, _ = spelling.dump(adapter)
+    assert any(key.startswith(prefix) for key in tensors)
+    assert not any(key.startswith(("lora_te2_", "text_encoders.clip_g.")) for key in tensors)
+    assert Adapter("again", spelling.load(tensors, {}).layers) == adapter
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])

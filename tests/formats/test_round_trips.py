@@ -177,7 +177,7 @@ def test_diffusers_loader_gives_every_layer_the_delta_we_wrote(family: str, spel
 
 def deltas_in(path: Path, spelling: str) -> dict[str, Tensor]:
     """Name before the suffix -> (up, scaled, and down), straight from the file by kohya's rule."""
-    down, up = ("lora_down", "lora_up") if spelling == "kohya" else ("lora_A", "lora_B")
+    down, up = "lora_down", "lora_up"
     tensors = load_file(path)
     stems = [key.removesuffix(f".{down}.weight") for key in tensors if key.endswith(f".{down}.weight")]
     assert len(tensors) == 3 * len(stems)

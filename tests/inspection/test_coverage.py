@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_diffusion import Adapter, LayerAdapter
 from lora_diffusion.inspection.blocks import block_of, in_order
-from lora_diffusion.inspection.coverage import cover
+from lora_diffusion.inspection.coverage import CoverageReport, cover
 from lora_diffusion.inspection.spectra import effective_rank, singular_values, spectra
 from lora_diffusion.methods import METHODS, new_method
 from tests import tiny
@@ -148,3 +148,26 @@ def test_layers_belong_to_a_block_in_any_spelling(name: str, block: str):
 
 def test_block_ten_comes_after_block_nine():
     assert sorted(["b.10", "b.9", "mid_block"], key=in_order) == ["b.9", "b.10", "mid_block"]
+
+
+def test_a_report_goes_to_json_and_back_and_prints_within_eighty_columns():
+    pipe = tiny.sd()
+    adapter = random_adapters.over(pipe, "unet", "text_encoder")
+    adapter.layers["unet"]["nowhere.at.all.with.a.name.that.is.long"] = adapter.layers["unet"]["conv_in"]
+    adapter.unused = {"a" * 200: "it is of no use", "unet.x": "neither is it " * 20}
+    adapter.metadata = {"modelspec.trigger_phrase": "kiki, " * 30, "ss_seed": "3"}
+    adapter.embeddings = {"<kiki>": {"text_encoder": torch.ones(2, 32)}}
+    for report in (cover(adapter), cover(adapter, pipe), replace(cover(adapter), hashes={"AutoV2": "0" * 10})):
+        assert CoverageReport.from_json(report.to_json()) == report
+        assert max(map(len, str(report).splitlines())) <= 80
+
+
+def test_factors_of_a_matrix_that_no_layer_has_are_not_multiplied_out():
+    wide = 200_000
+    thin, flat = torch.ones(wide, 1), torch.ones(1, wide)
+    loha = {"w1_a": flat, "w1_b": flat, "w2_a": flat, "w2_b": flat} | {f"t{n}": torch.ones(1, 1, 3, 3) for n in (1, 2)}
+    lokr = {"w1_a": thin, "w1_b": flat, "w2": torch.ones(2, 2)}
+    layers = {"a": LayerAdapter("loha", loha, 1.0), "b": LayerAdapter("lokr", lokr, 1.0)}
+    layers["c"] = LayerAdapter("lora", {"down": flat, "up": thin}, 1.0)
+    (row,) = spectra(Adapter("x", {"unet": layers}))
+    assert (row.layers, row.norm) == (1, pytest.approx(wide, rel=1e-5))

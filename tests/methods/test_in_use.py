@@ -37,7 +37,7 @@ def random_adapter(pipe: object, name: str, targets: str = "attention+conv") -> 
 
 def test_all_methods_stack_on_one_pipeline_in_any_order_and_come_off_without_a_trace() -> None:
     pipe = tiny.sd()
-    places = {"prefix": "attention-blocks", "norm": "norm"}
+    places = {"prefix": "attention-blocks", "norm": "norm", "set": "norm"}
     adapters = [random_adapter(pipe, name, places.get(name, "attention+conv")) for name in METHODS]
     plain, tree = tiny.picture(pipe), repr(pipe.unet)
     pictures = []

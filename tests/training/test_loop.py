@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import resource
@@ -33,7 +34,14 @@ def test_nf4_training_lowers_the_loss_and_no_backbone_byte_changes(tmp_path: Pat
     assert any(layer.stored == "nf4" for layer in result.report.layers)
     assert np.mean(result.losses[-8:]) < np.mean(result.losses[:8])
     assert result.adapter is not None
-    assert load_adapter(result.adapter).metadata["modelspec.title"] == "blocks"
+    said = load_adapter(result.adapter).metadata
+    assert (said["modelspec.title"], said["modelspec.resolution"]) == ("blocks", "32x32")
+    assert (said["modelspec.prediction_type"], said["ss_steps"], said["ss_optimizer"]) == ("epsilon", "30", "adamw")
+    facts = json.loads(said["lora_diffusion"])
+    assert (facts["base_precision"], len(facts["base_sha256"])) == ("nf4", 64)
+    (tags,) = json.loads(said["ss_tag_frequency"]).values()
+    assert sum(tags.values()) >= int(said["ss_num_train_images"])
+    assert all(said.values())
 
 
 @pytest.mark.parametrize("base", ["sd", "flux"])
