@@ -40,7 +40,8 @@ def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
     bias that the layer does not have, and for a method that is no change of a weight.
     """
     awake = {name: parts for name, parts in layers.items() if not parts[1].idle}
-    for name, (layer, _, shares) in awake.items():
+    for name, (layer, slot, shares) in awake.items():
+        slot.put_back(layer)
         if other := [one.method for one in shares.values() if not is_dense(one.method)]:
             raise ConfigError(f"fuse: {name} carries {some(other)}, which is no change of a weight; use it unfused")
         weight = frozen_weight(layer)

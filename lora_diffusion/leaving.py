@@ -5,7 +5,8 @@ So `AdapterStack(pipe).add(file)` is enough to generate, and a notebook's cell t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,27 +29,38 @@ class _Left:
     layers: list[str]
     hooks: Sequence[Any]
     kept: tuple[Any, Any] | None  # tokenizer and embedding weight as they were, where tokens came
+    pipe: Callable[[], Any]  # whose tokenizer it is; None once that is gone
     fusion: Fusion | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"pipe": _nobody}  # a copy is on another pipeline
+
+
+def _nobody() -> None:
+    return None
 
 
 def leave(
     models: Mapping[str, nn.Module],
     dials: Mapping[str, Dial],
     adapters: Sequence[str],
-    kept: Mapping[str, tuple[Any, Any]],
+    vocabulary: Vocabulary,
     fusion: Fusion | None,
 ) -> None:
     """Note on every model (by component) what a stack that goes leaves on it."""
     for component, model in models.items():
-        dial, tokens = dials[component], kept.get(component)
+        dial, tokens = dials[component], vocabulary.kept.get(component)
         if dial.slots or tokens:
-            vars(model)[_LEFT] = _Left(list(adapters), list(dial.slots), dial.hooks, tokens, fusion)
+            pipe = weakref.ref(vocabulary.pipe)
+            left = _Left(list(adapters), list(dial.slots), dial.hooks, tokens, pipe, fusion)
+            vars(model).setdefault(_LEFT, []).append(left)
 
 
 def take_off_left(models: Mapping[str, nn.Module], vocabulary: Vocabulary) -> list[str]:
     """Take off what was left on these models; names of the adapters. The pipeline is bit-identical to before them."""
-    found = {name: vars(model).pop(_LEFT) for name, model in models.items() if _LEFT in vars(model)}
-    for component, left in found.items():
+    found = [(c, left) for c, model in models.items() for left in vars(model).pop(_LEFT, ())]
+    kept: dict[str, tuple[Any, Any]] = {}
+    for component, left in found:
         for name in left.layers:
             if slot_of(layer := submodule(models[component], name)) is not None:
                 take_off(layer)
@@ -56,5 +68,10 @@ def take_off_left(models: Mapping[str, nn.Module], vocabulary: Vocabulary) -> li
             hook.remove()
         if left.fusion is not None:
             left.fusion.undo()
-    vocabulary.restore({component: left.kept for component, left in found.items() if left.kept})
-    return list(dict.fromkeys(name for left in found.values() for name in left.adapters))
+        if left.kept and (component not in kept or len(left.kept[1]) < len(kept[component][1])):
+            kept[component] = left.kept  # of several, the shortest is the pipeline's own
+    vocabulary.restore(kept)
+    for component, left in found:
+        if left.kept:
+            vocabulary.restore_tokenizer(left.pipe(), component, models[component])
+    return list(dict.fromkeys(name for _, left in found for name in left.adapters))

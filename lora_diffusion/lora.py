@@ -36,14 +36,13 @@ from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
 from lora_diffusion.packing import Block, Memory, memory, repacked, unrecorded
 from lora_diffusion.pairs import Pair
-from lora_diffusion.products import add_convolution, add_linear, add_trained, merged_by_image, over_pixels
+from lora_diffusion.products import add_convolution, add_linear, add_trained, merged_by_image, merging_pays, over_pixels
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
 _PLAIN = frozenset(
-    "asleep by_image convolution entries first hooks kept live numbers packed pairs reserve rows views".split()  # noqa: SIM905
+    "asleep at by_image convolution entries first hooks kept live moved numbers packed pairs reserve rows views".split()  # noqa: SIM905
 )
-
 
 Part = Pair | Branch
 
@@ -61,6 +60,8 @@ class Slot(nn.Module):
     by_image = False  # the live gate has no places: it is (1 or batch, 1, R)
     packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
     views: Sequence[tuple[Memory, Memory]] = ()  # the rows of each of them, once they were exchanged
+    at: tuple[int, ...] = ()  # where `down` and `up` lay then
+    moved = False  # moved or cast, perhaps rounded, since all was written
     asleep = False  # fused into the weight: the layer is left alone, whatever the weights
     numbers: Sequence[float] = ()  # weights by entry; a dial's slots share one list, theirs from `first` on
     first = 0
@@ -104,7 +105,7 @@ class Slot(nn.Module):
         blocks = [pair.block for pair in pairs]
         rows = max(sum(rank for _, rank in blocks), self.reserve)
         kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # norms, attentions: no rows
-        before, self.packed, self.views = self.packed, (), ()  # where writing fails, all is written the next time
+        before, self.packed, self.views, self.moved = self.packed, (), (), True  # written anew where this fails
         with unrecorded():
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 old, kind = self._parameters.get(name), (dtype, device)
@@ -120,15 +121,16 @@ class Slot(nn.Module):
         if branches or self.branches:
             self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
         self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
-        self.rows = rows + len(branches)
+        self.rows, self.moved = rows + len(branches), False
 
     def split(self) -> Sequence[tuple[Memory, Memory]]:
         """The rows of each packed adapter in `down` and in `up`, to be written over."""
-        if not self.views:
+        at = (self.down.data_ptr(), self.up.data_ptr())
+        if not self.views or self.at != at:  # elsewhere in a copy, or where somebody gave the parameters other memory
             ranks = [rank for _, rank in self.packed]
             with torch.inference_mode(mode=False):  # they are written to outside of one as well
                 parts = [map(memory, rows.data[: sum(ranks)].split(ranks)) for rows in (self.down, self.up)]
-            self.views = tuple(zip(*parts, strict=True))
+            self.views, self.at = tuple(zip(*parts, strict=True)), at
         return self.views
 
     def exchanged(self, packed: tuple[Block, ...], pairs: tuple[tuple[str, int, float], ...]) -> None:
@@ -160,8 +162,7 @@ class Slot(nn.Module):
         ranks = [rank for _, rank, _ in self.entries]
         gains = [w * scale for w, (_, _, scale) in zip(self.numbers, self.entries, strict=True)]
         repeats = torch.tensor([*ranks, self.rows - sum(ranks)])  # the last: rows in reserve
-        gate = torch.tensor([*gains, 0.0]).repeat_interleave(repeats)
-        self.gate = gate.to(self.down.device)
+        self.gate = torch.tensor([*gains, 0.0]).repeat_interleave(repeats).to(self.down.device)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """`out` (the frozen layer's output for `x`) with all pairs added."""
@@ -183,6 +184,7 @@ class Slot(nn.Module):
         """Pre-hook: where merging pays, let the merged weight stand in for the frozen one during this call."""
         if torch.compiler.is_compiling():
             return  # and no guard on what changes with the weights
+        self.put_back(layer)
         if not self.idle and self._merging_pays(layer, x := _input(args, kwargs)):
             gate = None if self.live is None else self.live(len(x), x.shape[1:-1]).expand(len(x), -1, -1)
             self.kept.append(weight := frozen_weight(layer))
@@ -191,8 +193,7 @@ class Slot(nn.Module):
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Hook, called even when the layer raised: put the frozen weight back, or add the branch."""
-        if self.kept:
-            layer._parameters["weight"] = self.kept.pop()  # type: ignore[assignment]
+        if self.put_back(layer):
             return out
         if out is None or (not torch.compiler.is_compiling() and self.idle):  # compiled code adds zero instead
             return out
@@ -203,6 +204,12 @@ class Slot(nn.Module):
             out = add_branches(self._turned(out), layer, x, out)
         return self(x, out) if len(self.down) else out
 
+    def put_back(self, layer: nn.Module) -> bool:
+        """The frozen weight, where a merged one stands in for it: still does after an interrupt, which runs no hook."""
+        if stood_in := bool(self.kept):
+            layer._parameters["weight"] = self.kept.pop()  # type: ignore[assignment]
+        return stood_in
+
     def extra_repr(self) -> str:
         """`'style' rank 16 at 0.8, …`"""
         kinds = [*(f"rank {rank}" for _, rank, _ in self.pairs), *(type(b).__name__ for b in self.branches)]
@@ -210,7 +217,9 @@ class Slot(nn.Module):
         return ", ".join(f"{name!r} {kind} at {weight:g}" for (name, _, _), kind, weight in rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
-        self.packed, self.views = (), ()  # moved or cast, perhaps rounded: the next time all is written again
+        self.packed, self.views, self.moved = (), (), True  # the next time all is written again
+        for weight in self.kept:
+            weight.data = fn(weight.data)
         gate = self._buffers["gate"]
         super()._apply(fn, recurse)
         if gate is not None and self.gate.dtype != gate.dtype:
@@ -250,19 +259,13 @@ class Slot(nn.Module):
         return gate.unflatten(1, places if gate.shape[1] > 1 else (1,) * len(places)) if places else gate[:, 0]
 
     def _merging_pays(self, layer: nn.Module, x: Tensor) -> bool:
-        weight = layer._parameters.get("weight")
-        if torch.is_grad_enabled() or self.gate.dim() > 1 or weight is None or self.branches:
-            return False  # branches need the base output
-        if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
-            return False  # 4-bit, offloaded or tied up otherwise
-        if weight.dtype == torch.float16 and weight.device.type == "cpu":
-            return False  # float16 matrix products are slow there
-        out, width = weight.shape[0], weight[0].numel()
         how = self.convolution
+        if torch.is_grad_enabled() or self.gate.dim() > 1 or self.branches:
+            return False  # branches need the base output
         if self.live is not None:  # by image, of linear layers alone; by place no weight can be merged
-            return self.by_image and how is None and x.dim() == 3 and x.shape[1] * (width + out) > width * out
+            return self.by_image and how is None and x.dim() == 3 and merging_pays(layer, x, x.shape[1])
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // math.prod(how["stride"])
-        return tokens * (width + out) > width * out
+        return merging_pays(layer, x, tokens)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -284,6 +287,7 @@ def take_off(layer: nn.Module) -> Slot:
     """Remove the layer's slot and return it; hooks and module tree are as before it came."""
     slot = slot_of(layer)
     assert slot is not None
+    slot.put_back(layer)
     delattr(layer, SLOT)
     for hook in slot.hooks:
         hook.remove()

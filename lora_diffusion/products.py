@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_PRODUCTS = (nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward)  # W x + b and nothing else
 
 
 class LowRank(torch.autograd.Function):
@@ -82,6 +84,19 @@ def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -
         return out.baddbmm_(hidden, up)
     out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up)
     return out
+
+
+def merging_pays(layer: nn.Module, x: Tensor, tokens: int) -> bool:
+    """Whether a merged weight can stand in for a layer's own when it meets x, and takes less time than the branch."""
+    weight = layer._parameters.get("weight")
+    if weight is None or type(layer).forward not in _PRODUCTS:
+        return False  # what a class of its own makes of its weight is unknown
+    if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
+        return False  # 4-bit, offloaded or tied up otherwise
+    if weight.dtype == torch.float16 and weight.device.type == "cpu":
+        return False  # float16 matrix products are slow there
+    out, width = weight.shape[0], weight[0].numel()
+    return tokens * (width + out) > width * out
 
 
 class WeightByImage(Tensor):

@@ -48,7 +48,12 @@ class Seating:
         return sites
 
     def seat(self, sites: Collection[Site], stacked: Sequence[Stacked], composition: Composition) -> None:
-        """Put on these layers what belongs there of all adapters, given in the order they were added."""
+        """Put on these layers what belongs there of all adapters, given in the order they were added.
+
+        So on layers that were moved or cast since: what was rounded is written anew.
+        """
+        moved = {(c, name) for c, dial in self.dials.items() for name, slot in dial.slots.items() if slot.moved}
+        sites = moved.union(sites) if moved else sites
         ordered = sorted(stacked, key=lambda one: (one.met.key, one.name)) if len(stacked) > 1 else stacked
         slots = {component: dict(self.dials[component].slots) for component in {component for component, _ in sites}}
         stayed, writes = True, Writes()

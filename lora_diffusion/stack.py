@@ -227,7 +227,7 @@ class AdapterStack:
 
     def __del__(self) -> None:
         if not sys.is_finalizing() and "composition" in vars(self):
-            leave(self.components, self._dials, list(self), self._vocabulary.kept, self._fusion)
+            leave(self.components, self._dials, list(self), self._vocabulary, self._fusion)
 
     def __repr__(self) -> str:
         rows = [f"  {s.name!r} at {s.weight}: {len(s.layers)} layers" for s in self._stacked.values()]

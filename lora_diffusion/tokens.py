@@ -83,6 +83,12 @@ class Vocabulary:
             _resize(getattr(self.pipe, component), weight)
             setattr(self.pipe, _tokenizer_name(component), tokenizer)
 
+    def restore_tokenizer(self, pipe: Any, component: str, encoder: nn.Module) -> None:
+        """Bring the tokenizer of another pipeline with the same encoder back, if that has one."""
+        theirs = getattr(pipe, component, None)
+        if pipe is not self.pipe and getattr(theirs, "_orig_mod", theirs) is encoder and self._tokenizer(component):
+            setattr(pipe, _tokenizer_name(component), self._tokenizer(component))
+
     def _tokenizer(self, component: str) -> Any:
         return getattr(self.pipe, _tokenizer_name(component), None)
 
