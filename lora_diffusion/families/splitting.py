@@ -31,7 +31,7 @@ _OWNERS: dict[str, tuple[str, ...]] = {
     "full": ("diff", "diff_b"),
     "ia3": ("weight",),
     "glora": ("b1", "b2"),
-    "oft": ("blocks", "rescale"),
+    "oft": ("blocks", "diag", "rescale"),
 }
 
 
@@ -79,13 +79,13 @@ def _owners(layer: LayerAdapter, height: int, runs: Sequence[tuple[int, int]], n
     there = layer.tensors
     if layer.method not in _OWNERS or {"t1", "t2"} & there.keys():
         raise AdapterMismatchError(f"layer {name!r}: {layer.method} on a fused layer cannot be divided over its parts")
-    if layer.method == "ia3" and there["on_input"].any():
+    if (layer.method == "ia3" and there["on_input"].any()) or "R" in there:
         return {}  # every part sees the same inputs
     owners = dict.fromkeys((part for part in _OWNERS[layer.method] if part in there), 1)
     if layer.method == "glora":  # files of 2023 have the two the other way round
         owners = {"b1" if there["b1"].shape[0] == height else "b2": 1}
     if layer.method == "oft":
-        owners["blocks"] = _block(layer, runs, name)
+        owners["diag" if "diag" in there else "blocks"] = _block(layer, runs, name)
     for part, each in owners.items():
         if there[part].ndim == 0 or len(there[part]) * each != height:
             found = tuple(there[part].shape)
@@ -96,7 +96,7 @@ def _owners(layer: LayerAdapter, height: int, runs: Sequence[tuple[int, int]], n
 
 def _block(layer: LayerAdapter, runs: Sequence[tuple[int, int]], name: str) -> int:
     """Rows that one of OFT's blocks turns."""
-    blocks = layer.tensors.get("blocks")
+    blocks = layer.tensors.get("diag", layer.tensors.get("blocks"))
     if blocks is None or blocks.ndim != 3 or layer.alpha or any(stop % blocks.shape[-1] for _, stop in runs):
         why = "only unbounded OFT with blocks that end where the parts do can be divided"
         raise AdapterMismatchError(f"layer {name!r}: {layer.method} on a fused layer; {why}")

@@ -98,6 +98,19 @@ class OneScale:
         return self._scale * rank
 
 
+#: settings of PEFT's OFT -> what they are where nothing else is known, as in a single file: the defaults
+_TURNS = {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": False}
+
+
+def _no_scale_of_turns(config: Mapping[str, Any]) -> None:
+    """OFT has none. AdapterFileError for turns that are made of their numbers in another way than by default."""
+    for setting, usual in _TURNS.items():
+        if (found := config.get(setting, usual)) != usual:
+            raise AdapterFileError(
+                f"adapter_config.json: {setting} is {str(found)[:40]}; OFT of PEFT is read with {setting} {usual} alone"
+            )
+
+
 class _Pattern:
     """Pattern -> number, as PEFT looks it up, in time linear in the number of layers."""
 
@@ -159,10 +172,12 @@ def sidecar_scales(metadata: Mapping[str, str]) -> Scales | OneScale | None:
     kind = config.get("peft_type", "LORA")
     if kind == "VERA":
         return None
+    if kind == "OFT":
+        return _no_scale_of_turns(config)
     if kind == "ADALORA":
         return OneScale(config, "adapter_config.json")
     if kind != "LORA":
-        expected = "expected 'LORA', 'ADALORA' or 'VERA'"
+        expected = "expected 'LORA', 'ADALORA', 'OFT' or 'VERA'"
         raise AdapterFileError(f"adapter_config.json: peft_type is {str(kind)[:40]!r}, {expected}")
     return Scales(config, "adapter_config.json")
 
