@@ -88,7 +88,7 @@ def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -
 
 def merging_pays(layer: nn.Module, x: Tensor, tokens: int) -> bool:
     """Whether a merged weight can stand in for a layer's own when it meets x, and takes less time than the branch."""
-    weight = layer._parameters.get("weight")
+    weight: Tensor | None = vars(layer)["_parameters"].get("weight")
     if weight is None or type(layer).forward not in _PRODUCTS:
         return False  # what a class of its own makes of its weight is unknown
     if not weight.is_floating_point() or weight.dim() < 2 or weight.is_meta or weight.device != x.device:
