@@ -1,6 +1,7 @@
 """Fusing: the weighted sum written into the frozen weights, and the originals back bit for bit.
 
-The originals are kept in the host's memory, not computed back: bf16 weights would not survive W + D - D.
+The originals are kept in the host's memory, not computed back: bf16 weights would not survive W + D - D. Weights that
+are there already are exchanged and not written to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lora_diffusion.errors import ConfigError, some
 from lora_diffusion.layers import frozen_weight
 from lora_diffusion.lora import Slot
 from lora_diffusion.methods import METHODS, bias_change, is_dense
+from lora_diffusion.packing import unrecorded
 
 Shares = Mapping[str, LayerAdapter]  # adapter -> its share of one layer
 
@@ -27,9 +29,12 @@ class Fusion:
     kept: list[tuple[Tensor, Tensor]]
 
     def undo(self) -> None:
-        """Write the originals back; the gates are whoever's who owns them."""
+        """Bring the originals back; the gates are whoever's who owns them."""
         for weight, original in reversed(self.kept):  # layers may share a weight
-            weight.data.copy_(original)
+            if (weight.device, weight.dtype) == (original.device, original.dtype):
+                weight.data = original
+            else:
+                weight.data.copy_(original)
         self.kept = []
 
 
@@ -51,7 +56,8 @@ def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
             raise ConfigError(f"fuse: {name} has no bias, and an adapter changes one; use it unfused")
     fusion = Fusion([])
     try:
-        _write(awake, fusion)
+        with unrecorded():
+            _write(awake, fusion)
     except BaseException:  # no memory left, say
         fusion.undo()
         raise
@@ -61,15 +67,18 @@ def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
     return fusion
 
 
-@torch.no_grad()
 def _write(layers: Mapping[str, tuple[nn.Module, Slot, Shares]], fusion: Fusion) -> None:
     for layer, slot, shares in layers.values():
         changed = [(frozen_weight(layer), fused_weight(layer, slot, shares))]
         if (bias := _fused_bias(layer, slot, shares)) is not None:
             changed.append(bias)
         for tensor, new in changed:
-            fusion.kept.append((tensor, tensor.detach().to("cpu", copy=True)))
-            tensor.data.copy_(new)
+            if tensor.is_cpu:  # the fused weight takes the original's place, and that is kept as it is
+                fusion.kept.append((tensor, tensor.data))
+                tensor.data = new.to(tensor.dtype)
+            else:
+                fusion.kept.append((tensor, tensor.detach().to("cpu", copy=True)))
+                tensor.data.copy_(new)
 
 
 def fused_weight(layer: nn.Module, slot: Slot, shares: Shares) -> Tensor:
