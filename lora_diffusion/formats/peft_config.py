@@ -102,13 +102,20 @@ class OneScale:
 _TURNS = {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": False}
 
 
-def _no_scale_of_turns(config: Mapping[str, Any]) -> None:
-    """OFT has none. AdapterFileError for turns that are made of their numbers in another way than by default."""
-    for setting, usual in _TURNS.items():
-        if (found := config.get(setting, usual)) != usual:
-            raise AdapterFileError(
-                f"adapter_config.json: {setting} is {str(found)[:40]}; OFT of PEFT is read with {setting} {usual} alone"
-            )
+class NoScale:
+    """OFT's. AdapterFileError for turns that are made of their numbers in another way than by default."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._where = where
+        for setting, usual in _TURNS.items():
+            if (found := config.get(setting, usual)) != usual:
+                raise AdapterFileError(
+                    f"{where}: {setting} is {str(found)[:40]}; OFT of PEFT is read with {setting} {usual} alone"
+                )
+
+    def alpha(self, layer: str, rank: int) -> float:
+        """AdapterFileError: what has a rank is no OFT."""
+        raise AdapterFileError(f"{self._where}: peft_type is 'OFT', but layer {layer!r} has tensors of rank {rank}")
 
 
 class _Pattern:
@@ -164,7 +171,7 @@ def scales_of(metadata: Mapping[str, str]) -> dict[str, Scales]:
     return {component: Scales(config, f"{METADATA_KEY} {component}") for component, config in configs.items()}
 
 
-def sidecar_scales(metadata: Mapping[str, str]) -> Scales | OneScale | None:
+def sidecar_scales(metadata: Mapping[str, str]) -> Scales | OneScale | NoScale | None:
     """Scales from the `adapter_config.json` of a PEFT folder, of one component; None without one, and of VeRA."""
     if SIDECAR_KEY not in metadata:
         return None
@@ -173,7 +180,7 @@ def sidecar_scales(metadata: Mapping[str, str]) -> Scales | OneScale | None:
     if kind == "VERA":
         return None
     if kind == "OFT":
-        return _no_scale_of_turns(config)
+        return NoScale(config, "adapter_config.json")
     if kind == "ADALORA":
         return OneScale(config, "adapter_config.json")
     if kind != "LORA":
