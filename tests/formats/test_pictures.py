@@ -6,7 +6,7 @@ the file's deltas, by kohya's rule alpha / rank · up · down, go through them l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,12 @@ from lora_diffusion.cli.convert import convert as convert_file
 from lora_diffusion.families.original import named_for
 from lora_diffusion.layers import is_convolution, is_linear
 from tests import tiny
-from tests import tiny_families as more
 from tests.families.test_names import Checkpoint
-from tests.formats import random_adapters
+from tests.formats import random_adapters, test_round_trips
 from tests.formats.test_peers import quiet
 
 WEIGHT = 0.7
-BUILD: dict[str, Callable[[], Any]] = {
-    "sd": tiny.sd,
-    "sd, 2.x": more.sd2_v,
-    "sdxl": tiny.sdxl,
-    "sd3": tiny.sd3,
-    "flux": tiny.flux,
-}
+BUILD = {name: test_round_trips.BUILD[name] for name in ("sd", "sd, 2.x", "sdxl", "sd3", "flux")}
 #: the text encoders that Diffusers' loader takes adapters of
 CLIPS = {
     "sd": ["text_encoder"],
