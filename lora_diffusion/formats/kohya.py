@@ -50,15 +50,15 @@ _PREFIXES = {
     "text_conditioner": "lora_unet_llm_adapter_",
 }
 _PAIR = {"down": "lora_down.weight", "up": "lora_up.weight"}
-_MAGNITUDE = {"magnitude": "dora_scale"}
+_BESIDE = {"magnitude": "dora_scale", "diff_b": "diff_b"}
 #: method -> tensor -> suffix
 _SUFFIXES: dict[str, dict[str, str]] = {
     "lora": _PAIR,
     "biased": _PAIR | {"diff_b": "diff_b", "up_bias": "lora_B.bias"},
-    "dora": _PAIR | _MAGNITUDE,
-    "locon": _PAIR | {"mid": "lora_mid.weight"} | _MAGNITUDE,
-    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | _MAGNITUDE,
-    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | _MAGNITUDE,
+    "dora": _PAIR | _BESIDE,
+    "locon": _PAIR | {"mid": "lora_mid.weight"} | _BESIDE,
+    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | _BESIDE,
+    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | _BESIDE,
     "ia3": {"weight": "weight", "on_input": "on_input"},
     "oft": {
         "blocks": "oft_blocks",

@@ -34,6 +34,9 @@ FILES: dict[str, tuple[str, dict[str, Tensor], float | None]] = {
     "dora by output": ("dora", PLAIN | filled(dora_scale=(6, 1)), 2),
     "dora by input": ("dora", PLAIN | filled(dora_scale=(1, 8)), 2),
     "dora on a convolution": ("dora", CONV | filled(dora_scale=(6, 1, 1, 1)), 2),
+    "dora with a bias": ("dora", PLAIN | filled(dora_scale=(6, 1), diff_b=(6,)), 2),
+    "loha with a bias": ("loha", LOHA | filled(diff_b=(6,)) | ALPHA, 3),
+    "lokr with a bias": ("lokr", filled(lokr_w1=(2, 2), lokr_w2=(3, 4), diff_b=(6,)), None),
     "loha": ("loha", LOHA | ALPHA, 3),
     "loha with tucker": ("loha", LOHA | filled(hada_t1=(2, 2, 3, 3), hada_t2=(2, 2, 3, 3)), 2),
     "loha with dora": ("loha", LOHA | filled(dora_scale=(6, 1)), 2),
@@ -107,6 +110,26 @@ def test_a_whole_number_tensor_and_unlike_ranks_are_reported():
 def test_tensors_of_two_methods_on_one_layer_are_reported():
     tensors = {f"{PATH}.{suffix}": tensor for suffix, tensor in (PLAIN | LOHA).items()}
     assert set(KOHYA.load(tensors, {}).unused.values()) == {"tensors of loha and lora on one layer"}
+
+
+@pytest.mark.parametrize(
+    ("there", "beside"),
+    [
+        ({"oft_blocks": torch.ones(2, 3, 3)}, "diff_b"),
+        ({"oft_R.weight": torch.ones(2, 3)}, "dora_scale"),
+        ({"weight": torch.ones(6), "on_input": torch.tensor(0)}, "diff_b"),
+        (filled(a1__weight=(8, 2), a2__weight=(2, 8), b1__weight=(6, 2), b2__weight=(2, 8)), "dora_scale"),
+        ({"w_norm": torch.ones(6)}, "diff_b"),
+        ({"diff": torch.ones(6, 8)}, "dora_scale"),
+        (PLAIN | {"dora_scale": torch.ones(6, 1)}, "lora_B.bias"),
+    ],
+)
+def test_what_a_method_has_no_room_for_is_reported_by_name(there: dict[str, Tensor], beside: str):
+    tensors = {f"{PATH}.{suffix}": tensor for suffix, tensor in (there | {beside: torch.ones(6)}).items()}
+    parsed = KOHYA.load(tensors, {})
+    assert set(parsed.unused) == set(tensors)
+    part = {"dora_scale": "magnitude", "lora_B.bias": "up_bias"}.get(beside, beside)
+    assert all(f"takes no {part} beside it" in why for why in parsed.unused.values())
 
 
 def test_a_magnitude_beside_a_peft_pair_of_any_spelling_is_one_vector():
