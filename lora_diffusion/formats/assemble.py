@@ -67,7 +67,7 @@ _RANK: dict[str, tuple[tuple[str, int], ...]] = {
 }
 #: norms whose whole weight Diffusers keeps beside a Control LoRA, under its plain name
 _WHOLE_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-_WHOLE_NUMBERS = ("on_input", "shape", "projection")
+_WHOLE_NUMBERS = ("on_input", "shape", "projection", "scaled")
 
 
 @dataclass

@@ -43,6 +43,7 @@ PARTS: dict[str, tuple[str, str]] = {
     },  # sd-scripts' parts of FLUX's fused layers
     "oft_diag": ("oft", "diag"),
     "oft_R.weight": ("oft", "R"),
+    "oft_R.scaled_oft": ("oft", "scaled"),  # OneTrainer's mark
     "rescale": ("oft", "rescale"),
     "vera_lambda_d": ("vera", "d"),
     "vera_lambda_b": ("vera", "b"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_diffusion import Adapter
 from lora_diffusion.formats.comfy import COMFY
 from lora_diffusion.formats.diffusers import DIFFUSERS
 from lora_diffusion.formats.kohya import KOHYA
+from lora_diffusion.methods import METHODS
 
-PATH = "lora_unet_mid_block_attentions_0_proj_in"
+NAME = "mid_block_attentions_0_proj_in"
+PATH = f"lora_unet_{NAME}"
 
 
 def filled(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
@@ -130,6 +132,20 @@ def test_what_a_method_has_no_room_for_is_reported_by_name(there: dict[str, Tens
     assert set(parsed.unused) == set(tensors)
     part = {"dora_scale": "magnitude", "lora_B.bias": "up_bias"}.get(beside, beside)
     assert all(f"takes no {part} beside it" in why for why in parsed.unused.values())
+
+
+def test_the_alpha_of_whole_differences_is_kept_and_scales_nothing_as_in_comfyui():
+    diff = torch.randn(6, 8)
+    layer = KOHYA.load({f"{PATH}.diff": diff} | {f"{PATH}.alpha": torch.tensor(4.0)}, {}).layers["unet"][NAME]
+    assert (layer.method, layer.alpha) == ("full", 4)
+    torch.testing.assert_close(METHODS["full"].delta(layer, nn.Linear(8, 6)), diff)
+
+
+@pytest.mark.parametrize("flag", [2, -1, [0, 1]])
+def test_a_side_that_is_neither_input_nor_output_fits_no_layer(flag: object):
+    tensors = {f"{PATH}.weight": torch.ones(8), f"{PATH}.on_input": torch.tensor(flag)}
+    layer = KOHYA.load(tensors, {}).layers["unet"][NAME]
+    assert "expected one number, 0 or 1" in str(METHODS["ia3"].check(layer, nn.Linear(8, 8)))
 
 
 def test_a_magnitude_beside_a_peft_pair_of_any_spelling_is_one_vector():
