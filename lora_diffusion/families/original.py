@@ -10,6 +10,7 @@ OFT of all parts becomes the list that sd-scripts has.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -23,6 +24,9 @@ from lora_diffusion.families.names import Place, places
 from lora_diffusion.families.naming import resolve
 from lora_diffusion.families.splitting import swap_halves
 from lora_diffusion.layers import out_width
+
+#: levels above a language model's layers in transformers
+_TOWER = re.compile(r"^(?:model\.|language_model\.)*(?=layers\.\d)")
 
 
 def dotted(adapter: Adapter, models: Mapping[str, nn.Module]) -> Adapter:
@@ -50,8 +54,29 @@ def named_for(adapter: Adapter, spelling: str, models: Mapping[str, nn.Module]) 
     adapter's method cannot be.
     """
     there = [models[component] for component in adapter.layers if component in models]
+    if spelling not in ("kohya", "comfy"):
+        return dotted(adapter, models)
     plain = spelling == "kohya" and not any(map(_has_own_names, there))
-    return dotted(adapter, models) if plain or spelling not in ("kohya", "comfy") else original(adapter, models)
+    named = dotted(adapter, models) if plain else original(adapter, models)
+    return replace(named, layers=_with_encoders(named.layers, spelling))
+
+
+def _with_encoders(layers: Mapping[str, dict[str, LayerAdapter]], spelling: str) -> dict[str, dict[str, LayerAdapter]]:
+    """Language models below the one level that ComfyUI has above their layers, and sd-scripts has not; in ComfyUI's
+    files the T5 that is a pipeline's only text encoder under the number that T5 has there: beside FLUX's layers the
+    second, else the third."""
+    level = "model." if spelling == "comfy" else ""
+    found = {
+        component: {_TOWER.sub(level, name): layer for name, layer in of.items()}
+        if component.startswith("text_encoder")
+        else of
+        for component, of in layers.items()
+    }
+    only = found.keys() & {"text_encoder", "text_encoder_2", "text_encoder_3"} == {"text_encoder"}
+    if spelling == "comfy" and only and all(name.startswith("encoder.block.") for name in found["text_encoder"]):
+        like_flux = any(name.startswith(("double_blocks.", "single_blocks.")) for name in found.get("transformer", ()))
+        found["text_encoder_2" if like_flux else "text_encoder_3"] = found.pop("text_encoder")
+    return found
 
 
 def _has_own_names(model: nn.Module) -> bool:

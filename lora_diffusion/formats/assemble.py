@@ -51,7 +51,7 @@ _EITHER: dict[str, tuple[tuple[set[str], set[str]], ...]] = {
 _BESIDE: dict[str, set[str]] = {
     "magnitude": {"dora", "locon", "loha", "lokr"},
     "diff_b": {"biased", "dora", "locon", "loha", "lokr", "full"},
-    "up_bias": {"biased"},
+    "up_bias": {"biased", "bottleneck"},
 }
 #: method -> (tensor, axis) whose length is the rank, the first that is there
 _RANK: dict[str, tuple[tuple[str, int], ...]] = {

@@ -23,7 +23,7 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
-from lora_diffusion.formats.keys import numbered_as
+from lora_diffusion.formats.keys import is_language_model, numbered_as
 from lora_diffusion.formats.provenance import family_for
 
 _OFT = "oft_unet_"
@@ -133,7 +133,9 @@ def _idle(tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 def _has_one_encoder(adapter: Adapter) -> bool:
-    """Whether the base has one text encoder, as far as the adapter tells: Stable Diffusion 1 and 2."""
+    """Whether the base has one text encoder, as far as the adapter tells: Stable Diffusion 1 and 2, language models."""
+    if "text_encoder_2" not in adapter.layers and is_language_model(adapter.layers.get("text_encoder", ())):
+        return True
     others = {"text_encoder_2", "text_encoder_3", "transformer"} & adapter.layers.keys()
     return not others and family_for(adapter).name != "Stable Diffusion XL"
 

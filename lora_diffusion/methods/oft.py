@@ -9,8 +9,8 @@ length of Q by alpha · out, or by alpha for BOFT's stages together as LyCORIS' 
 LyCORIS turns by Rᵀ in OFT and by R in BOFT; so do we. LyCORIS of 2023 has the blocks of R itself, `diag` (n, b, b).
 
 PEFT and OneTrainer turn the inputs of a linear layer, W' = W Rᵀ, by the upper triangles of Q, row by row, `R`
-(n, b · (b - 1) / 2), n · b = in or n = 1 for one block everywhere, with R = I + 2Q + 2Q² + 2Q³ + Q⁴ for Cayley's. Where OneTrainer's mark
-`scaled` stands beside them, whatever it holds, Q is divided by 2 √(b - 1).
+(n, b · (b - 1) / 2), n · b = in or n = 1 for one block everywhere, with R = I + 2Q + 2Q² + 2Q³ + Q⁴ for Cayley's.
+Where OneTrainer's mark `scaled` stands beside them, whatever it holds, Q is divided by 2 √(b - 1).
 Files with `diag` or `R` are read, stacked and written; new layers have `blocks`.
 """
 
