@@ -15,10 +15,12 @@ from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_diffusion import Adapter, load_adapter, save_adapter
+from lora_diffusion import Adapter, AdapterMismatchError, LayerAdapter, load_adapter, save_adapter
 from lora_diffusion.families.names import places
-from lora_diffusion.families.original import original
+from lora_diffusion.families.naming import resolve
+from lora_diffusion.families.original import named_for, original
 from lora_diffusion.fitting import fit
+from lora_diffusion.methods import new_method
 from tests import tiny
 from tests.families import test_names
 from tests.formats import random_adapters
@@ -186,3 +188,52 @@ def test_stable_cascade_has_a_prior_and_its_text_encoder(tmp_path: Path):
     path = save_adapter(adapter, tmp_path / "again.safetensors", format="kohya")
     assert all(key.startswith(("lora_prior_unet_", "lora_prior_te_")) for key in load_file(path))
     assert load_adapter(path) == adapter
+
+
+FUSED = "double_blocks.0.img_attn.qkv"
+
+
+def over_fused(method: str, **settings: Any) -> LayerAdapter:
+    adapter = new_method(method, rank=4, alpha=2.5, **settings).fresh(nn.Linear(32, 96))
+    for tensor in adapter.tensors.values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.2, 1.0)
+    return adapter
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "comfy"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(over_fused(method) for method in ("lora", "biased", "dora", "loha", "lokr", "glora", "ia3", "oft", "full")),
+        over_fused("dora", by_input=True),
+    ],
+    ids=lambda layer: f"{layer.method} {'x'.join(layer.tensors)}",
+)
+def test_a_layer_that_the_checkpoint_fuses_is_renamed_and_nothing_else(
+    layer: LayerAdapter, spelling: str, tmp_path: Path
+):
+    models = {"transformer": tiny.flux().transformer}
+    read = Adapter("a", {"transformer": {FUSED.replace(".", "_"): layer}})
+    named = named_for(read, spelling, models)
+    assert named.layers == {"transformer": {FUSED: layer}}
+    assert load_adapter(save_adapter(named, tmp_path / "a.safetensors", format=spelling)) == read
+
+
+@pytest.mark.parametrize("method", ["lora", "biased", "dora"])
+def test_parts_that_share_their_down_are_fused_again_to_the_bit(method: str):
+    model, layer = tiny.flux().transformer, over_fused(method)
+    parts = resolve({FUSED: layer}, model).layers
+    assert len(parts) == 3
+    assert original(Adapter("a", {"transformer": parts}), {"transformer": model}).layers["transformer"] == {
+        FUSED: layer
+    }
+
+
+def test_a_layer_that_stands_there_whole_and_in_parts_is_an_error():
+    layers = {
+        FUSED: over_fused("lora"),
+        "transformer_blocks.0.attn.to_q": random_adapters.low_rank(nn.Linear(32, 32), 2, 1),
+    }
+    with pytest.raises(AdapterMismatchError, match="whole and in parts"):
+        original(Adapter("a", {"transformer": layers}), {"transformer": tiny.flux().transformer})
