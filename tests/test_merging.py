@@ -146,11 +146,10 @@ def test_resize_by_rank_energy_and_norm() -> None:
 
 @pytest.mark.parametrize("shrunk", [lambda a: resize(a, rank=2), lambda a: cut(a, 2)])
 def test_losses_of_the_larger_adapter_are_not_said_of_the_smaller(shrunk: Any) -> None:
-    facts = {"base": "sd", "heldout_loss_adapter": 0.1, "heldout_loss_base": 0.2, "settings": {"steps": 5}}
-    said = {"lora_diffusion": json.dumps(facts), "modelspec.trigger_phrase": "fox"}
+    facts, losses = {"base": "sd"}, {"heldout_loss_adapter": 0.1, "heldout_loss_base": 0.2}
+    said = {"lora_diffusion": json.dumps(facts | losses), "modelspec.trigger_phrase": "fox"}
     smaller = shrunk(replace(A, metadata=said)).adapter
-    assert json.loads(smaller.metadata["lora_diffusion"]) == {"base": "sd", "settings": {"steps": 5}}
-    assert smaller.metadata["modelspec.trigger_phrase"] == "fox"
+    assert smaller.metadata == said | {"lora_diffusion": json.dumps(facts, sort_keys=True)}
     for others in ({}, {"lora_diffusion": "no JSON"}, {"lora_diffusion": "[1]"}):
         assert shrunk(replace(A, metadata=others)).adapter.metadata == others
 
