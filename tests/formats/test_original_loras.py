@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import StableCascadeUNet
+from diffusers import CogVideoXTransformer3DModel, StableCascadeUNet
 from diffusers.loaders import lora_conversion_utils as theirs
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -163,7 +165,8 @@ def test_hunyuan_video_has_one_place_under_its_own_name_and_comfys(family: str, 
     }
 
 
-def test_stable_cascade_has_a_prior_and_its_text_encoder(tmp_path: Path):
+@pytest.mark.parametrize("diffusers_names", [True, False])
+def test_stable_cascade_has_a_prior_and_its_text_encoder(diffusers_names: bool, tmp_path: Path):
     prior = StableCascadeUNet(
         in_channels=4,
         out_channels=4,
@@ -183,11 +186,42 @@ def test_stable_cascade_has_a_prior_and_its_text_encoder(tmp_path: Path):
     expected.layers["prior"] = {n: random_adapters.low_rank(m, 2, 1.0) for n, m in attention.items()}
     assert len(attention) > 8
     prefixes = {"prior": "lora_prior_unet_", "text_encoder": "lora_prior_te_"}
-    adapter = opened(respelled(expected, flattened(prefixes), KOHYA), tmp_path)
+
+    def named(component: str, name: str) -> str:
+        if not diffusers_names:  # as ComfyUI has them
+            name = name.replace(".attention.", ".attention.attn.").replace("to_out.0", "out_proj")
+        return flattened(prefixes)(component, name)
+
+    adapter = opened(respelled(expected, named, KOHYA), tmp_path)
     assert_lands_like(adapter, expected, pipe)
     path = save_adapter(adapter, tmp_path / "again.safetensors", format="kohya")
     assert all(key.startswith(("lora_prior_unet_", "lora_prior_te_")) for key in load_file(path))
     assert load_adapter(path) == adapter
+
+
+def test_cogvideox_is_read_and_written_under_diffusers_names_as_diffusers_loads_it(tmp_path: Path):
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=5,
+    )
+    pipe = SimpleNamespace(transformer=model)
+    expected = random_adapters.over(pipe, "transformer")
+    path = save_adapter(expected, tmp_path / "b.safetensors", format="diffusers")
+    assert_lands_like(load_adapter(path), expected, pipe)
+    comfy = {"transformer": "diffusion_model."}
+    assert_lands_like(opened(respelled(expected, dotted(comfy), KOHYA), tmp_path), expected, pipe)
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    model.load_lora_adapter(load_file(path), prefix="transformer", adapter_name="a", metadata=config)
+    random_adapters.assert_loaded_by_diffusers(pipe, expected, "a")
 
 
 FUSED = "double_blocks.0.img_attn.qkv"
