@@ -195,7 +195,7 @@ def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> s
     ):
         one, other = (", ".join(sorted(tensors.keys() & part)) for part in said_twice)
         return f"{method} has {one} and {other} here, of which one would do nothing"
-    if foreign := sorted(part for part, methods in _BESIDE.items() if part in tensors and method not in methods):
+    if foreign := sorted(part for part in tensors.keys() & _BESIDE.keys() if method not in _BESIDE[part]):
         return f"{method} takes no {' and no '.join(foreign)} beside it"
     missing = min([whole - tensors.keys() for whole in _WHOLE[method]], key=len)
     if method == "ia3" and "on_input" in missing:

@@ -96,7 +96,7 @@ class Kohya:
     def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
         """The neutral form, under flattened names that the live model resolves; `ss_network_alpha` never scales."""
         idle = _idle(tensors)
-        parsed = assemble({key: tensor for key, tensor in tensors.items() if key not in idle})
+        parsed = assemble({key: tensor for key, tensor in tensors.items() if key not in idle} if idle else tensors)
         parsed.unused |= dict.fromkeys(sorted(idle), "sd-scripts holds an OFT with alpha 0 to no change at all")
         return parsed
 
