@@ -194,3 +194,17 @@ def test_convert_reads_a_pickle_and_says_so(tmp_path: Path):
     code, said = run("convert", tmp_path / "a.bin", tmp_path / "a.safetensors", "--to", "embedding")
     assert (code, "pickle" in said) == (0, True)
     assert load_adapter(tmp_path / "a.safetensors").embeddings["<cat>"]["text_encoder"].shape == (1, 8)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_names_of_a_checkpoint_are_not_written_where_diffusers_names_stand(to: str, tmp_path: Path):
+    pair = random_adapters.low_rank(torch.nn.Linear(8, 6), 2, 1.0)
+    wan = save_adapter(
+        Adapter("wan", {"transformer": {"blocks.0.self_attn.q": pair}}), tmp_path / "wan.safetensors", format="comfy"
+    )
+    with pytest.raises(TargetError, match=r"'blocks\.0\.self_attn\.q' are layer names of the checkpoint.*--base"):
+        run("convert", wan, tmp_path / "out", "--to", to)
+    assert [path.name for path in tmp_path.iterdir()] == [wan.name]
+    qwen = Adapter("qwen", {"transformer": {"transformer_blocks.0.attn.to_q": pair}})
+    written = save_adapter(qwen, tmp_path / "qwen.safetensors", format="comfy")
+    assert run("convert", written, tmp_path / "out", "--to", to)[0] == 0

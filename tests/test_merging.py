@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,16 @@ def test_resize_by_rank_energy_and_norm() -> None:
     for wrong in ({}, {"energy": 0.0}, {"frobenius": -0.5}, {"frobenius": 1.5}, {"energy": 0.9, "frobenius": 0.9}):
         with pytest.raises(ConfigError, match="resize"):
             resize(A, **wrong)
+
+
+@pytest.mark.parametrize("shrunk", [lambda a: resize(a, rank=2), lambda a: cut(a, 2)])
+def test_losses_of_the_larger_adapter_are_not_said_of_the_smaller(shrunk: Any) -> None:
+    facts, losses = {"base": "sd"}, {"heldout_loss_adapter": 0.1, "heldout_loss_base": 0.2}
+    said = {"lora_diffusion": json.dumps(facts | losses), "modelspec.trigger_phrase": "fox"}
+    smaller = shrunk(replace(A, metadata=said)).adapter
+    assert smaller.metadata == said | {"lora_diffusion": json.dumps(facts, sort_keys=True)}
+    for others in ({}, {"lora_diffusion": "no JSON"}, {"lora_diffusion": "[1]"}):
+        assert shrunk(replace(A, metadata=others)).adapter.metadata == others
 
 
 def test_a_nested_adapter_is_cut_to_its_first_rows() -> None:

@@ -13,6 +13,8 @@ from lora_diffusion.errors import AdapterMismatchError, TargetError, did_you_mea
 if TYPE_CHECKING:
     from lora_diffusion.adapter import Adapter
 
+#: spellings whose layers Diffusers' models name
+_IN_DIFFUSERS_NAMES = ("diffusers", "peft")
 #: families that cannot be told apart -> one that has all their layers' names
 _NAMED_LIKE = {"Stable Diffusion 1.x or 2.x": "Stable Diffusion 2.x"}
 
@@ -77,6 +79,8 @@ def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:
     guessed = family_for(adapter).name
     family = _NAMED_LIKE.get(guessed, guessed)
     if not len(adapter) or (base is None and family not in PUBLISHED):
+        if to in _IN_DIFFUSERS_NAMES and adapter.spelling not in _IN_DIFFUSERS_NAMES:
+            _refuse_names_of_checkpoint(adapter, to)
         return adapter
     models = skeleton(family) if base is None else skeleton_of(base)
     try:
@@ -85,3 +89,13 @@ def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:
         if base is None and family != guessed:  # neither of them: its own names will do, if `to` can say them
             return adapter
         raise
+
+
+def _refuse_names_of_checkpoint(adapter: Adapter, to: str) -> None:
+    from lora_diffusion.families.names import is_of_checkpoint
+
+    if found := [name for _, name, _ in adapter if is_of_checkpoint(name)]:
+        raise TargetError(
+            f"--to {to}: {some(found)} are layer names of the checkpoint, which Diffusers' model calls otherwise; "
+            "name a pipeline folder (--base)"
+        )

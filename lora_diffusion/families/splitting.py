@@ -25,14 +25,15 @@ Rows = Callable[[Tensor, int], Tensor]
 _OWNERS: dict[str, tuple[str, ...]] = {
     "lora": ("up",),
     "biased": ("up", "up_bias", "diff_b"),
-    "dora": ("up", "magnitude"),
-    "locon": ("up", "magnitude"),
-    "loha": ("w1_a", "w2_a", "magnitude"),
+    "dora": ("up", "magnitude", "diff_b"),
+    "locon": ("up", "magnitude", "diff_b"),
+    "loha": ("w1_a", "w2_a", "magnitude", "diff_b"),
     "full": ("diff", "diff_b"),
     "ia3": ("weight",),
     "glora": ("b1", "b2"),
     "oft": ("blocks", "diag", "rescale"),
 }
+_BESIDE = ("magnitude", "diff_b")  # the factors of a Kronecker product, one number a row
 
 
 def split_rows(layer: LayerAdapter, widths: list[int], name: str) -> list[LayerAdapter]:
@@ -54,7 +55,7 @@ def swap_halves(layer: LayerAdapter, width: int, name: str) -> LayerAdapter:
         first, second = (_kronecker_run(layer, start, stop, width, name) for start, stop in runs)
         if "window" in first.tensors:
             raise AdapterMismatchError(f"layer {name!r}: the halves of this Kronecker product cannot be exchanged")
-        moved = [part for part in (_first(layer), "magnitude") if part in layer.tensors]
+        moved = [part for part in (_first(layer), *_BESIDE) if part in layer.tensors]
         halves = {part: torch.cat([second.tensors[part], first.tensors[part]]) for part in moved}
         return replace(layer, tensors={**layer.tensors, **halves})
     return _cut(layer, _owners(layer, width, runs, name), lambda t, _: t.roll(len(t) // 2, 0))
@@ -121,17 +122,15 @@ def _kronecker_run(layer: LayerAdapter, start: int, stop: int, height: int, name
     there, first = layer.tensors, _first(layer)
     second = there["w2" if "w2" in there else "w2_a"]
     each = second.shape[1] if "t2" in there else second.shape[0]
-    magnitude = there.get("magnitude")
-    if len(there[first]) * each != height or (magnitude is not None and magnitude.shape != (height,)):
+    beside = {part: there[part] for part in _BESIDE if part in there}
+    if len(there[first]) * each != height or any(tensor.shape != (height,) for tensor in beside.values()):
         found = f"{len(there[first])} x {each} rows"
-        found += "" if magnitude is None else f" and a magnitude of {tuple(magnitude.shape)}"
+        found += "".join(f" and a {part} of {tuple(tensor.shape)}" for part, tensor in beside.items())
         raise AdapterMismatchError(
             f"layer {name!r}: a Kronecker product of {found} cannot be divided; expected {height} rows"
         )
     begin, end = start // each, -(-stop // each)
-    tensors = {**there, first: there[first][begin:end]}
-    if magnitude is not None:
-        tensors["magnitude"] = magnitude[start:stop]
+    tensors = {**there, first: there[first][begin:end]} | {part: tensor[start:stop] for part, tensor in beside.items()}
     if start % each or stop % each:
         tensors["window"] = torch.tensor([start - begin * each, stop - begin * each])
     return replace(layer, tensors=tensors)

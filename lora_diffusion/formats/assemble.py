@@ -47,6 +47,12 @@ _EITHER: dict[str, tuple[tuple[set[str], set[str]], ...]] = {
     "lokr": (({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b", "t2"})),
     "oft": (({"blocks"}, {"diag", "R"}), ({"diag"}, {"R"})),
 }
+#: tensor that stands beside another method's own -> the methods that it may stand beside
+_BESIDE: dict[str, set[str]] = {
+    "magnitude": {"dora", "locon", "loha", "lokr"},
+    "diff_b": {"biased", "dora", "locon", "loha", "lokr", "full"},
+    "up_bias": {"biased", "bottleneck"},
+}
 #: method -> (tensor, axis) whose length is the rank, the first that is there
 _RANK: dict[str, tuple[tuple[str, int], ...]] = {
     "lora": (("down", 0),),
@@ -61,7 +67,7 @@ _RANK: dict[str, tuple[tuple[str, int], ...]] = {
 }
 #: norms whose whole weight Diffusers keeps beside a Control LoRA, under its plain name
 _WHOLE_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-_WHOLE_NUMBERS = ("on_input", "shape", "projection")
+_WHOLE_NUMBERS = ("on_input", "shape", "projection", "scaled")
 
 
 @dataclass
@@ -189,6 +195,8 @@ def _problem(methods: set[str], method: str, tensors: Mapping[str, Tensor]) -> s
     ):
         one, other = (", ".join(sorted(tensors.keys() & part)) for part in said_twice)
         return f"{method} has {one} and {other} here, of which one would do nothing"
+    if foreign := sorted(part for part in tensors.keys() & _BESIDE.keys() if method not in _BESIDE[part]):
+        return f"{method} takes no {' and no '.join(foreign)} beside it"
     missing = min([whole - tensors.keys() for whole in _WHOLE[method]], key=len)
     if method == "ia3" and "on_input" in missing:
         return "a plain weight is no adapter's tensor"

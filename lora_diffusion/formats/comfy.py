@@ -12,16 +12,19 @@ of FLUX, without an error, and loads this one. Layer names are kept: give an ada
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, same_layer
+from lora_diffusion.adapter import Adapter, flat, same_layer
+from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
-from lora_diffusion.formats.keys import numbered_as
+from lora_diffusion.formats.keys import is_flattened, is_language_model, numbered_as
 from lora_diffusion.formats.kohya import layer_tensors
+from lora_diffusion.formats.provenance import family_for, named_layers
 
 _STARTS = ("diffusion_model.", "model.diffusion_model.", "text_encoders.", "text_embedding_projection.")
 _PREFIXES = {
@@ -34,6 +37,16 @@ _PREFIXES = {
     "text_conditioner": "diffusion_model.llm_adapter.",
     "connectors": "text_embedding_projection.",
 }
+#: width of a language model -> what ComfyUI calls it
+_LANGUAGE_MODELS = {
+    1024: "qwen3_06b",
+    2304: "gemma2_2b",
+    2560: "qwen3_4b",
+    3584: "qwen25_7b",
+    4096: "qwen3_8b",
+    5120: "mistral3_24b",
+}
+_READS_STATES = re.compile(r"_(q|k|v|gate|up)_proj$")
 
 
 class Comfy:
@@ -51,16 +64,33 @@ class Comfy:
         return assemble(tensors)
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and metadata. AdapterFileError for components or methods without a name here."""
+        """Tensors and metadata. AdapterFileError for components or methods without a name here, flattened names."""
         who = f"adapter {adapter.name!r}"
         check_components(adapter, _PREFIXES, "ComfyUI")
+        if flattened := [name for _, name, _ in adapter if is_flattened(name)]:
+            raise AdapterFileError(
+                f"{who}: {some(flattened)} are flattened names; ComfyUI needs dotted ones here, which only the model"
+                " has (`convert --base` names it)"
+            )
         tensors = bundled(adapter.embeddings, who)
         prefixes = {component: _PREFIXES[numbered_as(component, adapter.layers)] for component in adapter.layers}
+        if "text_encoder" in prefixes:
+            prefixes["text_encoder"] = f"text_encoders.{_first_encoder(adapter)}.transformer."
         for component, name, layer in adapter:
             clip = component in ("text_encoder", "text_encoder_2") and same_layer(name).startswith("encoder_layers_")
             level = "text_model." if clip and not name.startswith("text_model") else ""
             tensors |= layer_tensors(f"{prefixes[component]}{level}{name}", layer, who)
         return tensors, dict(adapter.metadata)
+
+
+def _first_encoder(adapter: Adapter) -> str:
+    """What ComfyUI calls a pipeline's first text encoder; a language model of a width that it has none of, as we do."""
+    if not is_language_model(adapter.layers["text_encoder"]):
+        return "clip_h" if family_for(adapter).name == "Stable Diffusion 2.x" else "clip_l"
+    of_states = (
+        width for c, name, width in named_layers(adapter) if c == "text_encoder" and _READS_STATES.search(flat(name))
+    )
+    return _LANGUAGE_MODELS.get(next(of_states, 0), "text_encoder")
 
 
 COMFY = Comfy()

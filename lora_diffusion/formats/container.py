@@ -14,9 +14,12 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +51,8 @@ MAX_BRACKETS = 2_000_000  # what opens a list or table, also inside metadata str
 MAX_TENSORS = 50_000  # the largest adapters seen hold 7,000
 MAX_DIMENSIONS = 6
 MAX_NAME = 1_000  # characters
+PART = ".part"  # what unfinished files end in
+ABANDONED = 3_600  # seconds without a change after which nobody writes an unfinished file any more
 
 
 class Entry(NamedTuple):
@@ -109,7 +114,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
+        prefix = f".{path.name[:40]}."
+        clear_abandoned(path.parent, prefix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=PART)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             _serialise(file, tensors, metadata)
@@ -339,6 +346,23 @@ def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def clear_abandoned(folder: Path, prefix: str) -> None:
+    """Delete what writers that were killed have left of files, or folders, called `prefix`… in `folder`."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        old = [
+            entry
+            for entry in entries
+            if entry.name.startswith(prefix)
+            and entry.name.endswith(PART)
+            and time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED
+        ]
+        for entry in old:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                Path(entry).unlink(missing_ok=True)
 
 
 def umask() -> int:

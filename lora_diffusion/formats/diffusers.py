@@ -23,12 +23,12 @@ from lora_diffusion.adapter import Adapter, LayerAdapter
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed
 from lora_diffusion.formats.assemble import assemble
+from lora_diffusion.formats.keys import is_flattened
 from lora_diffusion.formats.peft_config import METADATA_KEY, config_of, scales_of, without_magnitudes
 
 _RECOGNISED = re.compile(
     r"^(unet|transformer(_2)?|prior|controlnet|text_encoder(_[234])?)\..+\.(lora_[AB]|lora)\.", re.DOTALL
 )
-_FLATTENED = re.compile(r"^[^.]*_\d+_[^.]*$")
 _SUFFIXES = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _CLIP_BODY = ("encoder.layers.", "final_layer_norm", "embeddings.")
 
@@ -107,7 +107,7 @@ def check_names(adapter: Adapter, spelling: str) -> None:
         raise AdapterFileError(
             f"{who}: the {spelling} spelling has no place for tokens ({some(adapter.embeddings)}); kohya and comfy have"
         )
-    flattened = [name for _, name, _ in adapter if _FLATTENED.match(name)]
+    flattened = [name for _, name, _ in adapter if is_flattened(name)]
     if flattened:
         raise AdapterFileError(
             f"{who}: {some(flattened)} are flattened names; {spelling} needs dotted ones, which only the model has"

@@ -11,7 +11,7 @@ separator (which layer; left as it is, for the families to resolve) and a suffix
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ PARTS: dict[str, tuple[str, str]] = {
     },  # sd-scripts' parts of FLUX's fused layers
     "oft_diag": ("oft", "diag"),
     "oft_R.weight": ("oft", "R"),
+    "oft_R.scaled_oft": ("oft", "scaled"),  # OneTrainer's mark
     "rescale": ("oft", "rescale"),
     "vera_lambda_d": ("vera", "d"),
     "vera_lambda_b": ("vera", "b"),
@@ -119,6 +120,7 @@ PREFIXES: dict[str, str] = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
     "text_encoders.llama.transformer.": "text_encoder_4",
+    "text_encoders.byt5_small.transformer.": "text_encoder_2",  # HunyuanImage's, beside qwen25_7b
 }
 _PREFIX = re.compile("|".join(re.escape(prefix) for prefix in sorted(PREFIXES, key=len, reverse=True)))
 #: ComfyUI's other encoders, called by their model (qwen25_7b, gemma2_2b, umt5xxl …): a pipeline's only one
@@ -144,6 +146,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 _OLD = re.compile(r"_lora[._\d]|\.(?:lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)")  # what a rewrite may touch
+_NUMBER = re.compile(r"_\d+_")
+_TOWER = re.compile(r"(?:model_|language_model_)*layers_\d+_")
 _BARE_TEXT_ENCODER = ("text_model.encoder.", "text_model_encoder_")
 _UNET_BLOCKS = ("down_blocks_", "up_blocks_", "mid_block_", "input_blocks_", "output_blocks_", "middle_block_")
 
@@ -182,10 +186,20 @@ def denoiser_of(layers: list[str]) -> str:
     return "unet" if is_unet else "transformer"
 
 
+def is_flattened(layer: str) -> bool:
+    """Whether a layer's name is one that sd-scripts flattened, which cannot be undone without the model."""
+    return "." not in layer and _NUMBER.search(layer) is not None
+
+
 def is_flux(layers: list[str]) -> bool:
     """Whether the layer names of a file's denoiser are those of FLUX."""
     blocks = ("double_blocks_", "single_blocks_", "single_transformer_blocks_")
     return any(layer.replace(".", "_").startswith(blocks) for layer in layers)
+
+
+def is_language_model(layers: Iterable[str]) -> bool:
+    """Whether the layer names of a text encoder are a language model's, and not CLIP's or T5's."""
+    return any(_TOWER.match(layer.replace(".", "_")) for layer in layers)
 
 
 def numbered_as(component: str, layers: Mapping[str, Mapping[str, object]]) -> str:

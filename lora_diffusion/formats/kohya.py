@@ -12,7 +12,6 @@ neighbour's.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -24,10 +23,10 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
-from lora_diffusion.formats.keys import numbered_as
+from lora_diffusion.formats.keys import is_language_model, numbered_as
 from lora_diffusion.formats.provenance import family_for
 
-_OFT_ALPHA = re.compile(r"oft_unet_.+\.alpha", re.DOTALL)
+_OFT = "oft_unet_"
 _STARTS = (
     "lora_unet_",
     "lora_te_",
@@ -37,7 +36,7 @@ _STARTS = (
     "lora_te4_",
     "lora_prior_",
     "lora_transformer_",
-    "oft_unet_",
+    _OFT,
 )
 _PREFIXES = {
     "unet": "lora_unet_",
@@ -50,21 +49,22 @@ _PREFIXES = {
     "text_conditioner": "lora_unet_llm_adapter_",
 }
 _PAIR = {"down": "lora_down.weight", "up": "lora_up.weight"}
-_MAGNITUDE = {"magnitude": "dora_scale"}
+_BESIDE = {"magnitude": "dora_scale", "diff_b": "diff_b"}
 #: method -> tensor -> suffix
 _SUFFIXES: dict[str, dict[str, str]] = {
     "lora": _PAIR,
     "biased": _PAIR | {"diff_b": "diff_b", "up_bias": "lora_B.bias"},
-    "dora": _PAIR | _MAGNITUDE,
-    "locon": _PAIR | {"mid": "lora_mid.weight"} | _MAGNITUDE,
-    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | _MAGNITUDE,
-    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | _MAGNITUDE,
+    "dora": _PAIR | _BESIDE,
+    "locon": _PAIR | {"mid": "lora_mid.weight"} | _BESIDE,
+    "loha": {part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")} | _BESIDE,
+    "lokr": {part: f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")} | _BESIDE,
     "ia3": {"weight": "weight", "on_input": "on_input"},
     "oft": {
         "blocks": "oft_blocks",
         "diag": "oft_diag",
         "rescale": "rescale",
         "R": "oft_R.weight",
+        "scaled": "oft_R.scaled_oft",
         **{f"blocks.{part}": f"oft_blocks.{part}" for part in range(4)},
     },
     "glora": {part: f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")},
@@ -95,9 +95,9 @@ class Kohya:
 
     def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
         """The neutral form, under flattened names that the live model resolves; `ss_network_alpha` never scales."""
-        still = {key for key, alpha in tensors.items() if _OFT_ALPHA.fullmatch(key) and not alpha.any()}
-        parsed = assemble(tensors)
-        parsed.unused |= dict.fromkeys(sorted(still), "sd-scripts holds an OFT with alpha 0 to no change at all")
+        idle = _idle(tensors)
+        parsed = assemble({key: tensor for key, tensor in tensors.items() if key not in idle} if idle else tensors)
+        parsed.unused |= dict.fromkeys(sorted(idle), "sd-scripts holds an OFT with alpha 0 to no change at all")
         return parsed
 
     def dump(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -114,7 +114,7 @@ class Kohya:
             if in_lists and set(layer.tensors) == {"blocks"}:
                 layer = replace(layer, tensors={"blocks.0": layer.tensors["blocks"]})
             if "blocks.0" in layer.tensors:
-                path = f"oft_unet_{flat(name)}"
+                path = f"{_OFT}{flat(name)}"
                 if not layer.alpha:
                     raise AdapterFileError(
                         f"{who}: {name!r} has no bound; sd-scripts' OFT in parts does nothing without"
@@ -125,8 +125,17 @@ class Kohya:
         return tensors, dict(adapter.metadata)
 
 
+def _idle(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The tensors of sd-scripts' OFT layers whose alpha is 0."""
+    ours = {key: key.partition(".")[0] for key in tensors if key.startswith(_OFT)}
+    still = {path for key, path in ours.items() if key == f"{path}.alpha" and not tensors[key].any()}
+    return {key for key, path in ours.items() if path in still}
+
+
 def _has_one_encoder(adapter: Adapter) -> bool:
-    """Whether the base has one text encoder, as far as the adapter tells: Stable Diffusion 1 and 2."""
+    """Whether the base has one text encoder, as far as the adapter tells: Stable Diffusion 1 and 2, language models."""
+    if "text_encoder_2" not in adapter.layers and is_language_model(adapter.layers.get("text_encoder", ())):
+        return True
     others = {"text_encoder_2", "text_encoder_3", "transformer"} & adapter.layers.keys()
     return not others and family_for(adapter).name != "Stable Diffusion XL"
 

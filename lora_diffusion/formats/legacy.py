@@ -92,8 +92,16 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def _named(table: object) -> dict[str, Tensor]:
+    """Its tensors, and the alphas that are plain numbers; {} where no value is a tensor."""
     items = cast("dict[object, object]", table).items() if isinstance(table, dict) else ()
-    return {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+    named = {key: value for key, value in items if isinstance(key, str)}
+    found = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+    alphas = {key: value for key, value in named.items() if key.endswith(".alpha")} if found else {}
+    return found | {
+        key: torch.tensor(value, dtype=torch.float64)
+        for key, value in alphas.items()
+        if isinstance(value, float) or type(value) is int
+    }
 
 
 def _numbered(content: list[object], path: Path) -> dict[str, Tensor]:

@@ -78,7 +78,8 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 def _beside(folder: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+        container.clear_abandoned(folder.parent, f".{folder.name}.")
+        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=container.PART))
     except OSError as error:
         raise AdapterFileError(f"{folder}: cannot be written ({error.strerror or error})") from error
 

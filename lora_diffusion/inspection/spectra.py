@@ -7,7 +7,7 @@
 
 What depends on the frozen weight (a magnitude, OFT, (IA)³, GLoRA) is the dense ΔW of a base's layers, where there is
 one, and else has none here. The effective rank is exp(−Σ p log p)
-with p = σ / Σσ (Roy and Vetterli 2007).
+with p = σ / Σσ (Roy and Vetterli 2007); among layers with large matrices that of the one of median norm is a block's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lora_diffusion.methods import METHODS, is_dense
 from lora_diffusion.methods.loha import tucker
 from lora_diffusion.methods.lokr import factors
 
+QUICK = 96  # matrices with a side no longer than this have their singular values found for every layer
 LARGEST = 1 << 28  # numbers; the largest layers of FLUX have 2 ** 26
 Values = Mapping[tuple[str, str], Tensor]
 
@@ -133,7 +134,8 @@ def spectra(adapter: Adapter, models: Mapping[str, nn.Module] | None = None) -> 
     `models` (component -> model), where their layers have weights, tell that of changes which depend on those.
     """
     dense = {site: _dense(layer, live) for site, layer, live in _on_weights(adapter, models or {})}
-    return _by_block(_known(all_values(adapter)) | dense)
+    told = {(component, name): _strength(layer) for component, name, layer in adapter if _is_told(layer)}
+    return _by_block(told | dense)
 
 
 def by_block(values: Values) -> list[Spectrum]:
@@ -173,7 +175,57 @@ class _Strength:
 
     norm: float
     values: Callable[[], Tensor]
-    dear: bool = False  # they are those of a dense change
+    dear: bool = False  # they are those of a large matrix
+
+
+def _strength(layer: LayerAdapter) -> _Strength:
+    """Of a layer whose own tensors tell it; singular values of large matrices only where they are asked for."""
+    tensors = {part: tensor.float() for part, tensor in layer.tensors.items() if tensor.is_floating_point()}
+    side, norm = _SIZES[layer.method](tensors) if layer.method in _SIZES and "t1" not in tensors else (0, 0.0)
+    if side <= QUICK:
+        values = singular_values(layer)
+        assert values is not None
+        return _Strength(float(values.norm()), lambda: values)
+
+    def asked() -> Tensor:
+        values = singular_values(layer)
+        assert values is not None
+        return values
+
+    return _Strength(norm * abs(METHODS[layer.method].scale(layer)), asked, dear=True)
+
+
+def _size_of_pair(tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+    up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)
+    if len(down) <= QUICK:
+        return len(down), 0.0
+    return len(down), float(((up.T @ up).double() * (down @ down.T).double()).sum().clamp_min(0).sqrt())
+
+
+def _size_of_hadamard(tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+    a, b, c, d = (tensors[part].flatten(1) for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    side = min(a.shape[1] * c.shape[1], len(a), b.shape[1])
+    return side, float(((a @ b) * (c @ d)).norm()) if side > QUICK else 0.0
+
+
+def _size_of_kronecker(tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+    both = [factor.flatten(1) for factor in factors(tensors)]
+    return max(min(factor.shape) for factor in both), math.prod(float(factor.norm()) for factor in both)
+
+
+def _size_of_dense(tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+    diff = tensors["diff"].flatten(1) if "diff" in tensors else torch.zeros(1, 1)
+    return min(diff.shape), float(diff.norm())
+
+
+#: method -> the smaller side of the matrix whose singular values are to be found, and ‖ΔW‖ without the scale
+_SIZES: dict[str, Callable[[Mapping[str, Tensor]], tuple[int, float]]] = {
+    "lora": _size_of_pair,
+    "biased": _size_of_pair,
+    "loha": _size_of_hadamard,
+    "lokr": _size_of_kronecker,
+    "full": _size_of_dense,
+}
 
 
 def _dense(layer: LayerAdapter, live: nn.Module) -> _Strength:
@@ -184,7 +236,7 @@ def _dense(layer: LayerAdapter, live: nn.Module) -> _Strength:
 
 
 def _median_rank(found: list[_Strength]) -> float:
-    """Of dense changes the one of median norm stands for all of its block."""
+    """Of large matrices the one of median norm stands for all of its block."""
     dense = sorted((one for one in found if one.dear), key=lambda one: one.norm)
     ranks = [effective_rank(one.values()) for one in found if not one.dear]
     ranks += [effective_rank(dense[len(dense) // 2].values())] * len(dense) if dense else []

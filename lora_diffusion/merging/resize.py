@@ -5,8 +5,9 @@ Other methods' changes, taken of the base model's layers, become low-rank pairs 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,4 +111,16 @@ def _by_layer(
         listen(done + 1, len(shares))
     if not ranks:
         raise ConfigError(f"resize: adapter {adapter.name!r} changes normalisations alone, which have no rank")
-    return Resized(replace(adapter, layers=layers), kept / whole if whole else 1.0, ranks)
+    metadata = _without_losses(adapter.metadata)
+    return Resized(replace(adapter, layers=layers, metadata=metadata), kept / whole if whole else 1.0, ranks)
+
+
+def _without_losses(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Without the held-out losses of our training, which were the larger adapter's."""
+    try:
+        facts: Any = json.loads(metadata.get("lora_diffusion", "{}"))
+        true = {key: value for key, value in facts.items() if not key.startswith("heldout_loss_")}
+    except (ValueError, AttributeError, RecursionError):
+        return dict(metadata)  # nothing of ours
+    changed = {"lora_diffusion": json.dumps(true, sort_keys=True)} if len(true) < len(facts) else {}
+    return dict(metadata) | changed

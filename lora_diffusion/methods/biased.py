@@ -27,11 +27,10 @@ class BiasedBranch(DoRABranch):
 
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """s · up · (down x) + diff_b + s · up_bias."""
-        change = self.delta_product(layer, x)
-        for key, factor in (("diff_b", 1.0), ("up_bias", self.scale)):
-            if key in self.held:
-                change = change + by_channel(layer, factor * self.held[key]).to(change.dtype)
-        return change
+        change = super().change(layer, x, out)
+        if "up_bias" not in self.held:
+            return change
+        return change + by_channel(layer, self.scale * self.held["up_bias"]).to(change.dtype)
 
 
 class Biased(Ranked):

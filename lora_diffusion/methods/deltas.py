@@ -4,7 +4,8 @@
     adapted = c · (W + ΔW) x      c = m / ‖W + ΔW‖ by row        DoRA, Liu et al. 2024, arXiv 2402.09353, eq. 5
     adapted = (W + ΔW) (c · x)    c = m / ‖W + ΔW‖ by column     the same with one magnitude an input
 
-As in section 4.3 there, no gradient goes through the norm. Where nothing is trained, c is computed once.
+`diff_b` (out,), a change of the bias, is added to either; no magnitude multiplies it. As in section 4.3 there, no
+gradient goes through the norm. Where nothing is trained, c is computed once.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ class DeltaBranch(Branch):
 
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """(adapted - base) of the formulas above."""
+        change = self._of_weight(layer, x, out)
+        if "diff_b" not in self.held:
+            return change
+        return change + by_channel(layer, self.held["diff_b"]).to(change.dtype)
+
+    def _of_weight(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         if "magnitude" not in self.held:
             return self.delta_product(layer, x)
         base = without_bias(layer, out)

@@ -24,7 +24,7 @@ from lora_diffusion.layers import CONVOLUTIONS, compute_dtype, kernel_shape, wei
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch, decomposed, squares, weight_norm
 from lora_diffusion.methods.lora import LoRA
-from lora_diffusion.methods.ranked import Ranked, check_magnitude, check_pair, on_host
+from lora_diffusion.methods.ranked import Ranked, check_beside, check_pair, on_host
 from lora_diffusion.quantize import dequantize
 
 
@@ -65,7 +65,7 @@ class DoRA(Ranked):
     by_input: bool = False
 
     name: ClassVar[str] = "dora"
-    tensors: ClassVar[Mapping[str, bool]] = {"down": True, "up": True, "magnitude": True}
+    tensors: ClassVar[Mapping[str, bool]] = {"down": True, "up": True, "magnitude": True, "diff_b": False}
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """A LoRA pair as it starts, and the norms of the frozen weight."""
@@ -77,8 +77,8 @@ class DoRA(Ranked):
 
     @staticmethod
     def check(adapter: LayerAdapter, layer: nn.Module) -> str | None:
-        """None where pair and magnitude fit the layer."""
-        return check_pair(adapter, layer) or check_magnitude(adapter, layer)
+        """None where pair, magnitude and change of the bias fit the layer."""
+        return check_pair(adapter, layer) or check_beside(adapter, layer)
 
     @staticmethod
     def scale(adapter: LayerAdapter) -> float:

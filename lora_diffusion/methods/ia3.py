@@ -61,8 +61,8 @@ class IA3:
     def check(adapter: LayerAdapter, layer: nn.Module) -> str | None:
         """None where there is one number a channel of the side it says."""
         weight, flag, shape = adapter.tensors["weight"], adapter.tensors["on_input"], weight_shape(layer)
-        if flag.numel() != 1:
-            return f"on_input {tuple(flag.shape)}; expected one number, 0 or 1"
+        if flag.numel() != 1 or flag.item() not in (0, 1):
+            return f"on_input {flag.flatten()[:3].tolist()}; expected one number, 0 or 1"
         expected = shape[1] if flag.item() else shape[0]
         if weight.numel() == expected:
             return None

@@ -43,7 +43,7 @@ class LoCon(Ranked):
     """Settings of new layers: `rank`, `alpha`."""
 
     name: ClassVar[str] = "locon"
-    tensors: ClassVar[Mapping[str, bool]] = {"down": True, "mid": True, "up": True, "magnitude": False}
+    tensors: ClassVar[Mapping[str, bool]] = {"down": True, "mid": True, "up": True, "magnitude": False, "diff_b": False}
 
     @staticmethod
     def supports(layer: nn.Module) -> bool:

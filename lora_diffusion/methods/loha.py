@@ -54,7 +54,7 @@ class LoHa(Ranked):
     name: ClassVar[str] = "loha"
     tensors: ClassVar[Mapping[str, bool]] = {
         **dict.fromkeys(("w1_a", "w1_b", "w2_a", "w2_b"), True),
-        **dict.fromkeys(("t1", "t2", "magnitude"), False),
+        **dict.fromkeys(("t1", "t2", "magnitude", "diff_b"), False),
     }
 
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:

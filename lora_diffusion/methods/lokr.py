@@ -23,7 +23,7 @@ from lora_diffusion.layers import CONVOLUTIONS, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch, decomposed
 from lora_diffusion.methods.loha import tucker
-from lora_diffusion.methods.ranked import Ranked, alpha_over, check_magnitude, kaiming
+from lora_diffusion.methods.ranked import Ranked, alpha_over, check_beside, kaiming
 from lora_diffusion.quantize import dequantize
 
 
@@ -85,7 +85,7 @@ class LoKr(Ranked):
 
     name: ClassVar[str] = "lokr"
     tensors: ClassVar[Mapping[str, bool]] = dict.fromkeys(
-        ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "window"), False
+        ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "diff_b", "window"), False
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class LoKr(Ranked):
         except (RuntimeError, ValueError, IndexError):
             rows, numbers = 0, 0
         if rows == shape[0] and numbers == math.prod(shape):
-            return check_magnitude(adapter, layer)
+            return check_beside(adapter, layer)
         found = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in there.items())
         return f"{found}; expected factors of a weight of {shape}"
 

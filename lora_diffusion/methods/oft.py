@@ -10,6 +10,7 @@ LyCORIS turns by Rᵀ in OFT and by R in BOFT; so do we. LyCORIS of 2023 has the
 
 PEFT and OneTrainer turn the inputs of a linear layer, W' = W Rᵀ, by the upper triangles of Q, row by row, `R`
 (n, b · (b - 1) / 2), n · b = in or n = 1 for one block everywhere, with R = I + 2Q + 2Q² + 2Q³ + Q⁴ for Cayley's.
+Where OneTrainer's mark `scaled` stands beside them, whatever it holds, Q is divided by 2 √(b - 1).
 Files with `diag` or `R` are read, stacked and written; new layers have `blocks`.
 """
 
@@ -42,11 +43,14 @@ def turn_less_one(blocks: Tensor, bound: float) -> Tensor:
     return 2 * torch.linalg.solve(one - q, q, left=False)
 
 
-def input_turn_less_one(triangles: Tensor) -> Tensor:
-    """R - I of every block of inputs, float32 (n, b, b), from PEFT's (n, b · (b - 1) / 2)."""
+def input_turn_less_one(tensors: Mapping[str, Tensor] | nn.ParameterDict) -> Tensor:
+    """R - I of every block of inputs, float32 (n, b, b), from PEFT's `R` (n, b · (b - 1) / 2)."""
+    triangles = tensors["R"].float()
     size = _side(triangles.shape[-1])
+    if "scaled" in tensors:
+        triangles = triangles / (2 * math.sqrt(size - 1))
     q = torch.zeros(len(triangles), size, size, device=triangles.device)
-    q[:, *torch.triu_indices(size, size, 1)] = triangles.float()
+    q[:, *torch.triu_indices(size, size, 1)] = triangles
     q = q - q.transpose(-1, -2)
     square = q @ q
     return 2 * (q + square + square @ q) + square @ square
@@ -102,7 +106,7 @@ class InputTurnBranch(Branch):
 
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """One more product of the frozen layer."""
-        return product(layer, inputs_turned(x, self.constant(lambda: input_turn_less_one(self.held["R"]))))
+        return product(layer, inputs_turned(x, self.constant(lambda: input_turn_less_one(self.held))))
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class OFT:
     stages: int = 0
 
     name: ClassVar[str] = "oft"
-    tensors: ClassVar[Mapping[str, bool]] = {"blocks": False, "diag": False, "R": False, "rescale": False}
+    tensors: ClassVar[Mapping[str, bool]] = dict.fromkeys(("blocks", "diag", "R", "scaled", "rescale"), False)
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.stages < 0 or not math.isfinite(self.alpha or 0.0):
@@ -150,6 +154,8 @@ class OFT:
             return f"its tensors are {', '.join(there)}; expected one of blocks, diag and R"
         if "R" in there:
             return _misfit_of_inputs(adapter, layer)
+        if "scaled" in there:
+            return "scaled is a mark beside R, which is not there"
         blocks, rescale = there["blocks" if "blocks" in there else "diag"], there.get("rescale")
         if "diag" in there and blocks.dim() != 3:
             return f"diag {tuple(blocks.shape)}; expected (n, b, b)"
@@ -181,7 +187,7 @@ class OFT:
         base = dequantize(layer)
         there = {part: tensor.to(base.device) for part, tensor in adapter.tensors.items()}
         if "R" in there:
-            return inputs_turned(base, input_turn_less_one(there["R"]).transpose(-1, -2))
+            return inputs_turned(base, input_turn_less_one(there).transpose(-1, -2))
         less_one = _less_one(there, _bound(adapter, layer))
         change = turned(base.movedim(0, -1), less_one).movedim(-1, 0)
         rescale = adapter.tensors.get("rescale")

@@ -77,15 +77,17 @@ def check_shapes(adapter: LayerAdapter, layer: nn.Module, expected: Mapping[str,
         tensor = adapter.tensors.get(name)
         if tensor is not None and (not tensor.numel() or tensor.numel() != math.prod(shape)):
             return f"{name} {tuple(tensor.shape)}; expected {tuple(shape)} for a weight of {weight_shape(layer)}"
-    return check_magnitude(adapter, layer)
+    return check_beside(adapter, layer)
 
 
-def check_magnitude(adapter: LayerAdapter, layer: nn.Module) -> str | None:
-    """None where a magnitude, if there is one, has one number an output, or (1, in, …) one an input."""
-    magnitude = adapter.tensors.get("magnitude")
+def check_beside(adapter: LayerAdapter, layer: nn.Module) -> str | None:
+    """None where what may stand beside any factors fits: a magnitude with one number an output, or (1, in, …) one an
+    input, and a change of the bias."""
+    magnitude, bias, shape = adapter.tensors.get("magnitude"), adapter.tensors.get("diff_b"), weight_shape(layer)
+    if bias is not None and bias.numel() != shape[0]:
+        return f"diff_b {tuple(bias.shape)}; expected ({shape[0]},) for a weight of {shape}"
     if magnitude is None:
         return None
-    shape = weight_shape(layer)
     expected = shape[0] if magnitude.dim() == 1 else shape[1]
     if magnitude.numel() == expected:
         return None

@@ -26,6 +26,12 @@ def filled(method: str, layer: nn.Module, **settings: object) -> LayerAdapter:
     return adapter
 
 
+def with_bias(adapter: LayerAdapter, width: int) -> LayerAdapter:
+    """Changing the bias too, where its method can."""
+    bias = {"diff_b": torch.randn(width)} if "diff_b" in METHODS[adapter.method].tensors else {}
+    return replace(adapter, tensors={**adapter.tensors, **bias})
+
+
 def changes(adapter: LayerAdapter, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     layer = nn.Linear(weight.shape[1], len(weight))
     layer.weight.data = weight
@@ -37,7 +43,7 @@ def changes(adapter: LayerAdapter, weight: torch.Tensor) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("method", METHODS_OF_ROWS)
 def test_the_parts_are_the_rows_of_the_whole(method: str):
     fused = nn.Linear(16, sum(WIDTHS))
-    adapter = filled(method, fused)
+    adapter = with_bias(filled(method, fused), sum(WIDTHS))
     whole, bias = changes(adapter, fused.weight.data)
     parts = split_rows(adapter, WIDTHS, "qkv")
     weights = fused.weight.data.split(WIDTHS)
@@ -49,7 +55,7 @@ def test_the_parts_are_the_rows_of_the_whole(method: str):
 @pytest.mark.parametrize("method", METHODS_OF_ROWS)
 def test_halves_are_exchanged_and_back(method: str):
     fused = nn.Linear(16, 48)
-    adapter = filled(method, fused)
+    adapter = with_bias(filled(method, fused), 48)
     if method == "lokr":
         adapter = replace(adapter, tensors={**adapter.tensors, "magnitude": torch.rand(48) + 1})
     whole, bias = changes(adapter, fused.weight.data)

@@ -128,6 +128,16 @@ def test_a_place_that_cannot_be_written_is_an_error_and_nothing_changes(taken: s
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_a_killed_writer_has_left_is_cleared_by_the_next_and_what_another_writes_is_not(tmp_path: Path):
+    path, hour = tmp_path / "a.safetensors", container.ABANDONED
+    ages = {".a.safetensors.old.part": hour + 60, ".a.safetensors.new.part": 0, ".b.safetensors.old.part": hour + 60}
+    for name, age in ages.items():
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    container.write(path, SAMPLE, {})
+    assert {found.name for found in tmp_path.iterdir()} == {path.name, *list(ages)[1:]}
+
+
 def test_the_longest_name_that_a_disk_takes_is_written(tmp_path: Path):
     container.write(tmp_path / ("é" * 127), SAMPLE, {})
     assert len([*tmp_path.iterdir()]) == 1

@@ -37,6 +37,13 @@ def test_a_table_of_tensors_is_read(wrap, tmp_path: Path):
     assert (adapter.name, adapter.spelling, len(adapter)) == ("a", "kohya", 1)
 
 
+@pytest.mark.parametrize("alpha", [4, 0.5, torch.tensor(2.5)])
+def test_an_alpha_that_is_a_plain_number_scales_too(alpha: object, tmp_path: Path):
+    torch.save({**PAIR, "lora_unet_mid_block_x.alpha": alpha, "epoch": 3}, tmp_path / "a.pt")
+    ((*_, layer),) = load_legacy(tmp_path / "a.pt")
+    assert (layer.alpha, layer.alpha_source) == (float(alpha), "tensor")  # type: ignore[arg-type]
+
+
 def test_a_list_is_cloneofsimos(tmp_path: Path):
     torch.save([torch.ones(8, 2), torch.ones(2, 8)] * 3, tmp_path / "a.text_encoder.pt")
     assert load_legacy(tmp_path / "a.text_encoder.pt").layers["text_encoder"].keys() == {"#0", "#1", "#2"}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_diffusion import Adapter
 from lora_diffusion.formats.comfy import COMFY
 from lora_diffusion.formats.diffusers import DIFFUSERS
 from lora_diffusion.formats.kohya import KOHYA
+from lora_diffusion.methods import METHODS
 
-PATH = "lora_unet_mid_block_attentions_0_proj_in"
+NAME = "mid_block_attentions_0_proj_in"
+PATH = f"lora_unet_{NAME}"
 
 
 def filled(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
@@ -34,6 +36,9 @@ FILES: dict[str, tuple[str, dict[str, Tensor], float | None]] = {
     "dora by output": ("dora", PLAIN | filled(dora_scale=(6, 1)), 2),
     "dora by input": ("dora", PLAIN | filled(dora_scale=(1, 8)), 2),
     "dora on a convolution": ("dora", CONV | filled(dora_scale=(6, 1, 1, 1)), 2),
+    "dora with a bias": ("dora", PLAIN | filled(dora_scale=(6, 1), diff_b=(6,)), 2),
+    "loha with a bias": ("loha", LOHA | filled(diff_b=(6,)) | ALPHA, 3),
+    "lokr with a bias": ("lokr", filled(lokr_w1=(2, 2), lokr_w2=(3, 4), diff_b=(6,)), None),
     "loha": ("loha", LOHA | ALPHA, 3),
     "loha with tucker": ("loha", LOHA | filled(hada_t1=(2, 2, 3, 3), hada_t2=(2, 2, 3, 3)), 2),
     "loha with dora": ("loha", LOHA | filled(dora_scale=(6, 1)), 2),
@@ -71,10 +76,11 @@ def test_it_is_read_whole_and_written_again_to_the_bit(name: str):
     assert {key: tensor.shape for key, tensor in written.items() if key in tensors} == {
         key: tensor.shape for key, tensor in tensors.items()
     }
-    for spelling in (KOHYA, COMFY):
-        again = spelling.load(*spelling.dump(adapter))
+    dotted = Adapter("y", {"unet": {NAME.replace("mid_block_", "mid_block."): layer}})
+    for spelling, said in ((KOHYA, adapter), (COMFY, dotted)):
+        again = spelling.load(*spelling.dump(said))
         assert not again.unused
-        assert Adapter("y", again.layers) == adapter
+        assert Adapter("z", again.layers) == adapter
     assert metadata == {}
 
 
@@ -107,6 +113,40 @@ def test_a_whole_number_tensor_and_unlike_ranks_are_reported():
 def test_tensors_of_two_methods_on_one_layer_are_reported():
     tensors = {f"{PATH}.{suffix}": tensor for suffix, tensor in (PLAIN | LOHA).items()}
     assert set(KOHYA.load(tensors, {}).unused.values()) == {"tensors of loha and lora on one layer"}
+
+
+@pytest.mark.parametrize(
+    ("there", "beside"),
+    [
+        ({"oft_blocks": torch.ones(2, 3, 3)}, "diff_b"),
+        ({"oft_R.weight": torch.ones(2, 3)}, "dora_scale"),
+        ({"weight": torch.ones(6), "on_input": torch.tensor(0)}, "diff_b"),
+        (filled(a1__weight=(8, 2), a2__weight=(2, 8), b1__weight=(6, 2), b2__weight=(2, 8)), "dora_scale"),
+        ({"w_norm": torch.ones(6)}, "diff_b"),
+        ({"diff": torch.ones(6, 8)}, "dora_scale"),
+        (PLAIN | {"dora_scale": torch.ones(6, 1)}, "lora_B.bias"),
+    ],
+)
+def test_what_a_method_has_no_room_for_is_reported_by_name(there: dict[str, Tensor], beside: str):
+    tensors = {f"{PATH}.{suffix}": tensor for suffix, tensor in (there | {beside: torch.ones(6)}).items()}
+    parsed = KOHYA.load(tensors, {})
+    assert set(parsed.unused) == set(tensors)
+    part = {"dora_scale": "magnitude", "lora_B.bias": "up_bias"}.get(beside, beside)
+    assert all(f"takes no {part} beside it" in why for why in parsed.unused.values())
+
+
+def test_the_alpha_of_whole_differences_is_kept_and_scales_nothing_as_in_comfyui():
+    diff = torch.randn(6, 8)
+    layer = KOHYA.load({f"{PATH}.diff": diff} | {f"{PATH}.alpha": torch.tensor(4.0)}, {}).layers["unet"][NAME]
+    assert (layer.method, layer.alpha) == ("full", 4)
+    torch.testing.assert_close(METHODS["full"].delta(layer, nn.Linear(8, 6)), diff)
+
+
+@pytest.mark.parametrize("flag", [2, -1, [0, 1]])
+def test_a_side_that_is_neither_input_nor_output_fits_no_layer(flag: object):
+    tensors = {f"{PATH}.weight": torch.ones(8), f"{PATH}.on_input": torch.tensor(flag)}
+    layer = KOHYA.load(tensors, {}).layers["unet"][NAME]
+    assert "expected one number, 0 or 1" in str(METHODS["ia3"].check(layer, nn.Linear(8, 8)))
 
 
 def test_a_magnitude_beside_a_peft_pair_of_any_spelling_is_one_vector():

@@ -135,6 +135,9 @@ def test_alpha_0_which_is_no_bound_in_lycoris_and_no_change_in_sd_scripts_is_an_
     tensors = {f"oft_unet_x_proj{suffix}": torch.randn(BLOCKS, 8, 8), "oft_unet_x_proj.alpha": torch.tensor(0.0)}
     with pytest.raises(AdapterFileError, match=r"oft_unet_x_proj\.alpha.*alpha 0 to no change"):
         load_adapter(saved(tensors, tmp_path))
+    bounded = {key.replace("x_proj", "y_proj"): tensor + 1 for key, tensor in tensors.items()}
+    rest = load_adapter(saved(tensors | bounded, tmp_path), strict=False)  # no turn without a bound in its place
+    assert (list(rest.layers["transformer"]), rest.unused.keys()) == (["y_proj"], tensors.keys())
     lycoris = {key.replace("oft_unet_", "lora_unet_"): tensor for key, tensor in tensors.items()}
     assert not load_adapter(saved(lycoris, tmp_path)).unused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import StableCascadeUNet
+from diffusers import CogVideoXTransformer3DModel, StableCascadeUNet
 from diffusers.loaders import lora_conversion_utils as theirs
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_diffusion import Adapter, load_adapter, save_adapter
+from lora_diffusion import Adapter, AdapterMismatchError, LayerAdapter, load_adapter, save_adapter
 from lora_diffusion.families.names import places
-from lora_diffusion.families.original import original
+from lora_diffusion.families.naming import resolve
+from lora_diffusion.families.original import named_for, original
 from lora_diffusion.fitting import fit
+from lora_diffusion.methods import new_method
 from tests import tiny
 from tests.families import test_names
 from tests.formats import random_adapters
@@ -161,7 +165,8 @@ def test_hunyuan_video_has_one_place_under_its_own_name_and_comfys(family: str, 
     }
 
 
-def test_stable_cascade_has_a_prior_and_its_text_encoder(tmp_path: Path):
+@pytest.mark.parametrize("diffusers_names", [True, False])
+def test_stable_cascade_has_a_prior_and_its_text_encoder(diffusers_names: bool, tmp_path: Path):
     prior = StableCascadeUNet(
         in_channels=4,
         out_channels=4,
@@ -181,8 +186,88 @@ def test_stable_cascade_has_a_prior_and_its_text_encoder(tmp_path: Path):
     expected.layers["prior"] = {n: random_adapters.low_rank(m, 2, 1.0) for n, m in attention.items()}
     assert len(attention) > 8
     prefixes = {"prior": "lora_prior_unet_", "text_encoder": "lora_prior_te_"}
-    adapter = opened(respelled(expected, flattened(prefixes), KOHYA), tmp_path)
+
+    def named(component: str, name: str) -> str:
+        if not diffusers_names:  # as ComfyUI has them
+            name = name.replace(".attention.", ".attention.attn.").replace("to_out.0", "out_proj")
+        return flattened(prefixes)(component, name)
+
+    adapter = opened(respelled(expected, named, KOHYA), tmp_path)
     assert_lands_like(adapter, expected, pipe)
     path = save_adapter(adapter, tmp_path / "again.safetensors", format="kohya")
     assert all(key.startswith(("lora_prior_unet_", "lora_prior_te_")) for key in load_file(path))
     assert load_adapter(path) == adapter
+
+
+def test_cogvideox_is_read_and_written_under_diffusers_names_as_diffusers_loads_it(tmp_path: Path):
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=5,
+    )
+    pipe = SimpleNamespace(transformer=model)
+    expected = random_adapters.over(pipe, "transformer")
+    path = save_adapter(expected, tmp_path / "b.safetensors", format="diffusers")
+    assert_lands_like(load_adapter(path), expected, pipe)
+    comfy = {"transformer": "diffusion_model."}
+    assert_lands_like(opened(respelled(expected, dotted(comfy), KOHYA), tmp_path), expected, pipe)
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    model.load_lora_adapter(load_file(path), prefix="transformer", adapter_name="a", metadata=config)
+    random_adapters.assert_loaded_by_diffusers(pipe, expected, "a")
+
+
+FUSED = "double_blocks.0.img_attn.qkv"
+
+
+def over_fused(method: str, **settings: Any) -> LayerAdapter:
+    adapter = new_method(method, rank=4, alpha=2.5, **settings).fresh(nn.Linear(32, 96))
+    for tensor in adapter.tensors.values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.2, 1.0)
+    return adapter
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "comfy"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(over_fused(method) for method in ("lora", "biased", "dora", "loha", "lokr", "glora", "ia3", "oft", "full")),
+        over_fused("dora", by_input=True),
+    ],
+    ids=lambda layer: f"{layer.method} {'x'.join(layer.tensors)}",
+)
+def test_a_layer_that_the_checkpoint_fuses_is_renamed_and_nothing_else(
+    layer: LayerAdapter, spelling: str, tmp_path: Path
+):
+    models = {"transformer": tiny.flux().transformer}
+    read = Adapter("a", {"transformer": {FUSED.replace(".", "_"): layer}})
+    named = named_for(read, spelling, models)
+    assert named.layers == {"transformer": {FUSED: layer}}
+    assert load_adapter(save_adapter(named, tmp_path / "a.safetensors", format=spelling)) == read
+
+
+@pytest.mark.parametrize("method", ["lora", "biased", "dora"])
+def test_parts_that_share_their_down_are_fused_again_to_the_bit(method: str):
+    model, layer = tiny.flux().transformer, over_fused(method)
+    parts = resolve({FUSED: layer}, model).layers
+    assert len(parts) == 3
+    assert original(Adapter("a", {"transformer": parts}), {"transformer": model}).layers["transformer"] == {
+        FUSED: layer
+    }
+
+
+def test_a_layer_that_stands_there_whole_and_in_parts_is_an_error():
+    layers = {
+        FUSED: over_fused("lora"),
+        "transformer_blocks.0.attn.to_q": random_adapters.low_rank(nn.Linear(32, 32), 2, 1),
+    }
+    with pytest.raises(AdapterMismatchError, match="whole and in parts"):
+        original(Adapter("a", {"transformer": layers}), {"transformer": tiny.flux().transformer})

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from lycoris.modules import get_module, make_module
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from lora_diffusion import Adapter, AdapterFileError, AdapterStack, LayerAdapter, load_adapter
 from lora_diffusion.attachment import attach
@@ -19,6 +19,7 @@ from lora_diffusion.fitting import fit
 from lora_diffusion.formats import container
 from lora_diffusion.formats.kohya import KOHYA
 from lora_diffusion.formats.peft_folder import save_peft_folder
+from lora_diffusion.fusing import fuse
 from lora_diffusion.lora import Slot, place, take_off
 from lora_diffusion.methods import METHODS, Method, new_method, written
 from lora_diffusion.methods.vera import VeRA
@@ -149,6 +150,47 @@ def test_lycoris_merges_what_we_add(method: str, kind: str):
     expected = layer.weight + METHODS[method].delta(adapter, layer)
     torch.testing.assert_close(merged.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, layer.weight)
+
+
+BESIDE = [
+    (method, kind, decomposed)
+    for method in ("dora", "locon", "loha", "lokr")
+    for kind in ("linear", "conv")
+    for decomposed in (True, False)
+    if METHODS[method].supports(LAYERS[kind]()) and (decomposed or method != "dora")
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "decomposed"), BESIDE)
+def test_a_changed_bias_beside_other_factors_is_added_to_the_bias(method: str, kind: str, decomposed: bool):
+    """As ComfyUI does, and times the weight; what the factors do is LyCORIS' merge, above."""
+    layer = LAYERS[kind]().requires_grad_(requires_grad=False)
+    adapter = filled(METHODS[method], layer)
+    if decomposed:
+        adapter = replace(adapter, tensors={**adapter.tensors, "magnitude": torch.rand(len(layer.weight)) + 1})
+    tensors, _ = KOHYA.dump(Adapter("x", {"unet": {"layer": adapter}}))
+    bias = torch.randn(len(layer.weight))
+    read = KOHYA.load({**tensors, "lora_unet_layer.diff_b": bias}, {})
+    assert not read.unused
+    share = read.layers["transformer"]["layer"]
+    assert (share.method, METHODS[method].check(share, layer)) == (method, None)
+    x = torch.randn(2, 5, 16) if kind == "linear" else torch.randn(2, 8, 6, 6)
+
+    def at(adapter: LayerAdapter, weight: float, *, fused: bool = False) -> Tensor:
+        slot = Slot(layer, [METHODS[method].part("a", adapter, layer)])
+        slot.weigh({"a": weight})
+        place(layer, slot)
+        fusion = fuse({"layer": (layer, slot, {"a": adapter})}) if fused else None
+        out = layer(x)
+        if fusion:
+            fusion.undo()
+        take_off(layer)
+        return out
+
+    for weight in (1.0, -0.5):
+        added = weight * bias.reshape(-1, *(1,) * (x.ndim - 2) if kind == "conv" else ())
+        torch.testing.assert_close(at(share, weight), at(adapter, weight) + added, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(at(share, weight, fused=True), at(share, weight), rtol=1e-4, atol=1e-4)
 
 
 PEFT_BIASED = ("lora_A.default.weight", "lora_B.default.weight", "lora_B.default.bias")

@@ -133,7 +133,7 @@ FOREIGN = {
 
 def test_metadata_that_still_hold_are_kept_and_others_are_not(tmp_path: Path):
     path = tmp_path / "theirs.safetensors"
-    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    stem = "diffusion_model.double_blocks.0.img_attn.proj"
     tensors = {f"{stem}.lora_down.weight": torch.ones(4, 3072), f"{stem}.lora_up.weight": torch.ones(3072, 4)}
     save_file(tensors, path, metadata=FOREIGN)
     said = metadata(save_adapter(load_adapter(path), tmp_path / "a.safetensors", format="comfy"))

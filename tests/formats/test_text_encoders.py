@@ -11,8 +11,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from lora_diffusion import Adapter, AdapterMismatchError, AdapterStack, load_adapter, save_adapter
-from lora_diffusion.families.original import dotted
+from lora_diffusion import (
+    Adapter,
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterStack,
+    LayerAdapter,
+    load_adapter,
+    save_adapter,
+)
+from lora_diffusion.families.original import dotted, named_for
 from lora_diffusion.fitting import fit
 from tests import tiny
 from tests import tiny_families as more
@@ -124,3 +132,79 @@ def test_t5_of_flux_is_written_as_the_tools_count_it(spelling: str, prefix: str,
     assert len(blocks) == 3 * len(expected.layers["text_encoder_2"])
     assert all(key.startswith(prefix) for key in blocks)
     assert load_adapter(path) == expected
+
+
+def first(width: int, name: str) -> dict[str, LayerAdapter]:
+    return {name: random_adapters.low_rank(nn.Linear(width, 8), 2, 3.0)}
+
+
+@pytest.mark.parametrize(("context", "called"), [(768, "clip_l"), (1024, "clip_h"), (2048, "clip_l")])
+def test_comfyui_calls_the_text_encoder_of_stable_diffusion_2_by_another_name(
+    context: int, called: str, tmp_path: Path
+):
+    unet = first(context, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
+    expected = Adapter("a", {"unet": unet, "text_encoder": first(1024, "text_model.encoder.layers.0.mlp.fc1")})
+    path = save_adapter(expected, tmp_path / "a.safetensors", format="comfy")
+    texts = [key for key in load_file(path) if key.startswith("text_encoders.")]
+    start = f"text_encoders.{called}.transformer.text_model.encoder.layers.0.mlp.fc1."
+    assert len([key for key in texts if key.startswith(start)]) == len(texts) == 3
+    assert load_adapter(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "called"),
+    [
+        *((1024, "qwen3_06b"), (2304, "gemma2_2b"), (2560, "qwen3_4b"), (3584, "qwen25_7b"), (4096, "qwen3_8b")),
+        *((5120, "mistral3_24b"), (WIDTH, "text_encoder")),
+    ],
+)
+@pytest.mark.parametrize("live", ["", "model.", "model.language_model."])
+def test_a_language_model_is_written_as_comfyui_and_sd_scripts_call_it(
+    width: int, called: str, live: str, tmp_path: Path
+):
+    module: nn.Module = nn.Linear(width, 8, device="meta")
+    for part in reversed(f"{live}{LAYER}".split(".")):
+        module = nn.ModuleDict({part: module})
+    models = {"text_encoder": module}
+    expected = Adapter("a", {"text_encoder": first(width, f"{live}{LAYER}")})
+    for spelling, stem in (
+        ("comfy", f"text_encoders.{called}.transformer.model.{LAYER}"),
+        ("kohya", "lora_te_layers_1_self_attn_q_proj"),
+    ):
+        named = named_for(expected, spelling, models)
+        path = save_adapter(named, tmp_path / f"{spelling}.safetensors", format=spelling)
+        assert {key.rpartition(".lora_")[0] for key in load_file(path) if ".lora_" in key} == {stem}
+        read = load_adapter(path)
+        assert read == named
+        assert dotted(read, models) == expected
+
+
+@pytest.mark.parametrize("build", [more.chroma, more.pixart])
+def test_a_t5_that_is_the_only_text_encoder_is_written_as_comfyui_calls_it(build: Callable[[], Any], tmp_path: Path):
+    pipe = build()
+    expected = random_adapters.over(pipe, "transformer", "text_encoder")
+    path = save_adapter(named_for(expected, "comfy", pipe.components), tmp_path / "a.safetensors", format="comfy")
+    texts = {key.partition("encoder.block")[0] for key in load_file(path) if key.startswith("text_encoders.")}
+    assert texts == {"text_encoders.t5xxl.transformer."}
+    models = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
+    assert dotted(load_adapter(path), models).layers["text_encoder"] == expected.layers["text_encoder"]
+
+
+def test_hunyuan_image_has_two_text_encoders_of_other_names(tmp_path: Path):
+    block = "encoder.block.0.layer.0.SelfAttention.q"
+    layers = {"text_encoder": pair().layers["text_encoder"], "text_encoder_2": first(WIDTH, block)}
+    layers["text_encoder_2"][block] = random_adapters.low_rank(nn.Linear(WIDTH, WIDTH), 2, 3.0)
+    names = {
+        "text_encoder": f"qwen25_7b.transformer.model.{LAYER}",
+        "text_encoder_2": f"byt5_small.transformer.{block}",
+    }
+    adapter = opened(respelled(Adapter("a", layers), lambda c, _: f"text_encoders.{names[c]}", KOHYA), tmp_path)
+    models = {"text_encoder": llama(LlamaModel), "text_encoder_2": tiny.t5(WIDTH)}
+    assert fit(adapter, models).layers.keys() == {("text_encoder", LAYER), ("text_encoder_2", block)}
+
+
+def test_flattened_names_which_comfyui_would_not_find_are_not_written_for_it(tmp_path: Path):
+    adapter = opened(respelled(pair(), lambda *_: "lora_unet_blocks_0_attn_k", KOHYA), tmp_path)
+    with pytest.raises(AdapterFileError, match="'blocks_0_attn_k' are flattened names; ComfyUI needs dotted"):
+        save_adapter(adapter, tmp_path / "comfy.safetensors", format="comfy")
+    assert not (tmp_path / "comfy.safetensors").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from lora_diffusion import Adapter, LayerAdapter
 from lora_diffusion.inspection.blocks import block_of, in_order
 from lora_diffusion.inspection.coverage import CoverageReport, cover
-from lora_diffusion.inspection.spectra import effective_rank, singular_values, spectra
+from lora_diffusion.inspection.spectra import all_values, effective_rank, singular_values, spectra
 from lora_diffusion.methods import METHODS, new_method
 from tests import tiny
 from tests.formats import random_adapters
@@ -171,3 +172,36 @@ def test_factors_of_a_matrix_that_no_layer_has_are_not_multiplied_out():
     layers["c"] = LayerAdapter("lora", {"down": flat, "up": thin}, 1.0)
     (row,) = spectra(Adapter("x", {"unet": layers}))
     assert (row.layers, row.norm) == (1, pytest.approx(wide, rel=1e-5))
+
+
+LARGE: dict[str, LayerAdapter] = {
+    "lora": LayerAdapter("lora", {"down": torch.randn(128, 150), "up": torch.randn(140, 128)}, 64.0),
+    "loha": LayerAdapter(
+        "loha",
+        {
+            part: torch.randn(shape)
+            for part, shape in zip(("w1_a", "w1_b", "w2_a", "w2_b"), [(140, 12), (12, 150)] * 2, strict=True)
+        },
+        6.0,
+    ),
+    "lokr": LayerAdapter("lokr", {"w1": torch.randn(3, 4), "w2": torch.randn(150, 170)}, 6.0),
+    "full": LayerAdapter("full", {"diff": torch.randn(140, 150)}),
+}
+
+
+@pytest.mark.parametrize("method", LARGE)
+def test_large_matrices_are_as_strong_as_their_singular_values_and_the_median_stands_for_a_block(method: str):
+    layers: dict[str, LayerAdapter] = {}
+    for number, factor in enumerate((1.0, 3.0, 2.0)):
+        first, *others = LARGE[method].tensors
+        kept = {part: LARGE[method].tensors[part] for part in others}
+        scaled = {first: LARGE[method].tensors[first].clone() * factor, **kept}
+        scaled[first][:number] = 0  # and another effective rank
+        layers[f"mid_block.attentions.0.layer_{number}"] = replace(LARGE[method], tensors=scaled)
+    adapter = Adapter("a", {"unet": layers})
+    (found,) = spectra(adapter)
+    every = list(all_values(adapter).values())
+    assert found.layers == 3
+    assert found.norm == pytest.approx(math.hypot(*(float(values.norm()) for values in every)), rel=1e-5)
+    middle = sorted(every, key=lambda values: float(values.norm()))[1]
+    assert found.effective_rank == pytest.approx(effective_rank(middle), rel=1e-5)

@@ -14,6 +14,7 @@ from lora_diffusion import Adapter, AdapterFileError, AdapterStack, load_adapter
 from lora_diffusion.adapter import LayerAdapter
 from lora_diffusion.errors import AdapterMismatchError
 from lora_diffusion.families.splitting import split_rows
+from lora_diffusion.formats import container
 from lora_diffusion.lora import Slot, place, take_off
 from lora_diffusion.methods.oft import OFT
 
@@ -65,6 +66,28 @@ def test_a_peft_folder_computes_what_peft_does(tmp_path: Path, shared: bool) -> 
     assert torch.equal(pipe.transformer(x), before)
     again = load_adapter(save_adapter(adapter, tmp_path / "again.safetensors", format="kohya"))
     assert again == adapter
+
+
+def test_onetrainers_mark_divides_the_numbers_by_twice_the_root_of_the_block_less_one(tmp_path: Path) -> None:
+    """A scaled OFT of OneTrainer is PEFT's with its numbers divided so."""
+    torch.manual_seed(1)
+    numbers = torch.randn(3, 6)
+    model: Any = get_peft_model(Net(), OFTConfig(target_modules=["to_q"], r=0, oft_block_size=4))
+    model.base_model.model.to_q.oft_R["default"].weight.data = numbers / (2 * 3**0.5)
+    path, x = tmp_path / "a.safetensors", torch.randn(2, 5, 12)
+    stem = "transformer.to_q.oft_R"
+    container.write(path, {f"{stem}.weight": numbers, f"{stem}.scaled_oft": torch.tensor(data=True)}, {})
+    adapter, pipe = load_adapter(path), Pipe()
+    with torch.no_grad(), AdapterStack(pipe) as stack:
+        stack.add(adapter)
+        torch.testing.assert_close(pipe.transformer(x), model(x), rtol=1e-5, atol=1e-5)
+        assert (pipe.transformer(x) - Net()(x)).abs().max() > 0.01
+    delta = OFT.delta(adapter.layers["transformer"]["to_q"], Net().to_q)
+    torch.testing.assert_close(x @ delta.t(), model(x) - Net()(x), rtol=1e-4, atol=1e-5)
+    assert load_adapter(save_adapter(adapter, tmp_path / "again.safetensors", format="kohya")) == adapter
+    without = Adapter("b", {"transformer": {"to_q": LayerAdapter("oft", {"scaled": torch.tensor(data=True)})}})
+    with pytest.raises(AdapterMismatchError, match="expected one of blocks, diag and R"):
+        AdapterStack(Pipe()).add(without)
 
 
 @pytest.mark.parametrize("config", [{"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 7}, {"coft": True}])

@@ -6,7 +6,9 @@ the final modulation (shift, scale) where Diffusers has (scale, shift). Adapters
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from lora_diffusion.families.names import ldm, tables
@@ -14,6 +16,8 @@ from lora_diffusion.families.names import ldm, tables
 #: original name, with "{}" for the block's number -> the live layer, or the layers whose rows follow each other
 Table = Mapping[str, str | tuple[str, ...]]
 
+
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 
 #: models of which one layer has the name that the checkpoint gives another
 EXCHANGED = ("HunyuanDiT2DModel",)
@@ -39,6 +43,19 @@ def places(model_class: str, live: Collection[str]) -> dict[str, Place]:
         found |= _expand(table, live)
     swap = _SWAPPED.get(model_class)
     return {name: place._replace(swapped=bool(swap and swap(place.layers[0], live))) for name, place in found.items()}
+
+
+def is_of_checkpoint(layer: str) -> bool:
+    """Whether a layer in a numbered block has a name (dotted) that a checkpoint has and no Diffusers model."""
+    return "{}" in (pattern := _BLOCK.sub("{}", layer, count=1)) and pattern in _numbered()
+
+
+@cache
+def _numbered() -> frozenset[str]:
+    """Names of layers in numbered blocks that checkpoints have, less those that some Diffusers model has as well."""
+    every = [(name, targets) for found in tables.TABLES.values() for table in found for name, targets in table.items()]
+    live = {layer for _, targets in every for layer in ((targets,) if isinstance(targets, str) else targets)}
+    return frozenset({name for name, _ in every if "{}" in name} - live)
 
 
 def _expand(table: Table, live: Collection[str]) -> dict[str, Place]:

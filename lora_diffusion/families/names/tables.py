@@ -226,6 +226,14 @@ KREA2 = {
     "last.linear": "final_layer.linear",
 }
 
+#: Stable Cascade as ComfyUI and sd-scripts have it, its fused projections already divided
+CASCADE = {
+    f"{side}_blocks.{level}.{{}}.attention.attn.{name}": f"{side}_blocks.{level}.{{}}.attention.{layer}"
+    for side in ("down", "up")
+    for level in range(4)
+    for name, layer in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("out_proj", "to_out.0"))
+}
+
 TABLES = {
     "FluxTransformer2DModel": (FLUX,),
     "ChromaTransformer2DModel": (FLUX,),
@@ -234,6 +242,7 @@ TABLES = {
     "SanaTransformer2DModel": (SANA,),
     "HunyuanDiT2DModel": (HUNYUAN_DIT,),
     "Krea2Transformer2DModel": (KREA2,),
+    "StableCascadeUNet": (CASCADE,),
     "HunyuanVideoTransformer3DModel": (videos.HUNYUAN_VIDEO,),
     "HunyuanVideoFramepackTransformer3DModel": (videos.HUNYUAN_VIDEO,),
     "Lumina2Transformer2DModel": (LUMINA2,),
