@@ -45,13 +45,13 @@ class AdapterStack:
     """
 
     def __init__(self, pipe: Any) -> None:
+        self._vocabulary = Vocabulary(pipe)  # first: a copy of the stack begins with the pipeline, as the clocks need
         hosts = hosts_of(pipe)
         self.components = {name: inner(host) for name, host in hosts.items()}
         clock = Clock(pipe)
         self._dials = {n: Dial(n, host, clock if n in DENOISERS else None) for n, host in hosts.items()}
         self._stacked: dict[str, Stacked] = {}
         self._seating = Seating(self.components, self._dials)
-        self._vocabulary = Vocabulary(pipe)
         self.residents: Residents[Fit] = Residents(partial(_plan, self.components))
         self._fusion: Fusion | None = None
         self.composition = Composition()

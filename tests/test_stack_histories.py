@@ -12,10 +12,11 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 
-from lora_diffusion import Adapter, AdapterStack
+from lora_diffusion import Adapter, AdapterStack, Region
 from lora_diffusion.quantize import fingerprint
 from tests import tiny
 from tests.small import ADAPTERS, Pipe, Small, X, small_adapter
+from tests.test_gates import adapter as on_linear
 
 OTHER = small_adapter("other", 2, 9)  # the ranks of "a"
 MANY = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(6))  # enough tokens for a merged weight
@@ -98,6 +99,35 @@ def test_stacks_that_go_together_all_go_to_the_bit(fused: bool) -> None:
 
 def copied(pipe: Pipe, stack: AdapterStack) -> tuple[Pipe, AdapterStack]:
     return copy.deepcopy((pipe, stack))
+
+
+@pytest.mark.parametrize("first", ["pipeline", "stack"])
+@pytest.mark.parametrize(
+    "weight", ["0@0,1@1", [0.2, 0.9], Region(torch.eye(8), "1@0,0@1")], ids=["steps", "list", "place"]
+)
+def test_what_changes_with_the_call_is_copied_too(weight: Any, first: str, sd: Any) -> None:
+    stack = AdapterStack(sd)
+    stack.add(on_linear(sd), weight)
+    expected = tiny.picture(sd, ["a fox", "a hare"], output_type="latent")
+    if first == "stack":
+        other, theirs = copy.deepcopy((stack, sd))
+    else:
+        theirs, other = copy.deepcopy((sd, stack))
+    stack.weigh("a", 0.1)
+    assert torch.equal(tiny.picture(theirs, ["a fox", "a hare"], output_type="latent"), expected)
+    stack.clear()
+    assert torch.equal(tiny.picture(theirs, ["a fox", "a hare"], output_type="latent"), expected)
+    other.clear()
+    assert (str(theirs.unet), fingerprint(theirs.unet)) == (str(sd.unet), fingerprint(sd.unet))
+    assert not vars(theirs.unet)["_forward_pre_hooks"]
+
+
+def test_a_model_copied_alone_takes_no_pipeline_along(sd: Any) -> None:
+    stack = AdapterStack(sd)
+    stack.add(on_linear(sd), "0@0,1@1")
+    (hook,) = copy.deepcopy(sd.unet)._forward_pre_hooks.values()
+    assert hook.__self__.clock.pipe is sd
+    assert hook.__self__ is not stack._dials["unet"]
 
 
 def given_other_memory(pipe: Pipe, stack: AdapterStack) -> tuple[Pipe, AdapterStack]:
