@@ -42,6 +42,16 @@ class Branch(nn.Module):
             self.held[key] = nn.Parameter(copy, requires_grad=trainable and floating)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Branch:
+        """Moved or cast: vectors stay float32, as `hold` has them, and what was made of the tensors is made anew."""
+        self.kept = None
+        exact = {key: held.data for key, held in self.held.items() if held.dtype == torch.float32 and held.dim() < 2}
+        super()._apply(fn, recurse)
+        for key, vector in exact.items():
+            if (held := self.held[key]).dtype != vector.dtype:
+                held.data = vector.to(held.device)
+        return self
+
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """adapted - base at weight 1, in the shape of `out`, which is the frozen layer's output for `x`."""
         raise NotImplementedError(type(self).__name__)
