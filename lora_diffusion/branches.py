@@ -13,6 +13,7 @@ reached as the layer's own product, so that nothing dense is rebuilt over 4 bits
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,11 @@ def add_branches(turned: Iterable[tuple[Branch, Tensor]], layer: nn.Module, x: T
         share = branch.change(layer, x, out) * number
         total = share if total is None else total + share
     return out if total is None else out + total.to(out.dtype)
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with, as its hooks are told."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class Dial:
     def wake(self) -> None:
         """Let slots that were fused into their weights act again."""
         for slot in self.slots.values():
-            slot.asleep = False
+            slot.fusion = None
         self.write()
 
     def _listen(self, *, before: bool, after: bool) -> None:
