@@ -250,6 +250,7 @@ class Builder:
         self._steady = not composed and all(is_steady(e.level) and not e.fading for e in entries)
         self._known: dict[int, Tensor] = {}  # by the size of the batch, where nothing else changes it
 
+    @_uncompiled
     def __call__(self, batch: int, shape: Sequence[int]) -> Tensor:
         """(1 or batch, 1 or places, R) at a layer whose input is (batch, *shape, features)."""
         if batch in self._known:

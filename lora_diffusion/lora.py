@@ -267,7 +267,7 @@ class Slot(nn.Module):
         if torch.is_grad_enabled() or self.gate.dim() > 1 or self.branches:
             return False  # branches need the base output
         if self.live is not None:  # by image, of linear layers alone; by place no weight can be merged
-            return self.by_image and how is None and x.dim() == 3 and merging_pays(layer, x, x.shape[1])
+            return self.by_image and how is None and x.dim() == 3 and merging_pays(layer, x, x.shape[1], weights=len(x))
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // math.prod(how["stride"])
         return merging_pays(layer, x, tokens)
 
