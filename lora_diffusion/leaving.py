@@ -6,6 +6,7 @@ pipeline that was copied without its stack carries what nobody holds too, and it
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Hold:
 
     def __init__(self, models: Mapping[str, nn.Module], dials: Mapping[str, Dial], vocabulary: Vocabulary) -> None:
         self.models, self.dials, self.vocabulary = models, dials, vocabulary
+        if any(model is hold.models.get(name) for hold in list(_LIVING) for name, model in models.items()):
+            gc.collect()  # one that nobody holds may still live in a cycle of references
         _note_strays(models, dials)
         _LIVING.add(self)
 
@@ -83,9 +86,9 @@ _LIVING: weakref.WeakSet[Hold] = weakref.WeakSet()
 
 def _note_strays(models: Mapping[str, nn.Module], dials: Mapping[str, Dial]) -> None:
     """Note what is on these models and was in no stack's hands ever: they are copies."""
-    held = {id(slot) for hold in _LIVING for dial in hold.dials.values() for slot in dial.slots.values()}
-    known = {id(dial) for hold in _LIVING for dial in hold.dials.values()}
-    owned = {id(kept) for hold in _LIVING for kept in hold.vocabulary.kept.values()}
+    held = {id(slot) for hold in list(_LIVING) for dial in hold.dials.values() for slot in dial.slots.values()}
+    known = {id(dial) for hold in list(_LIVING) for dial in hold.dials.values()}
+    owned = {id(kept) for hold in list(_LIVING) for kept in hold.vocabulary.kept.values()}
     for component, model in models.items():
         if _LEFT in vars(model):
             continue

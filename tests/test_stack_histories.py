@@ -267,3 +267,14 @@ def test_what_is_saved_after_an_interrupt_is_the_frozen_weight(weight: Any, keep
     saved = pipe.unet.state_dict(keep_vars=keep_vars)
     assert torch.equal(saved["down_blocks.0.to_q.weight"], Small().down_blocks[0]["to_q"].weight)
     assert isinstance(saved["down_blocks.0.to_q.weight"], nn.Parameter) == keep_vars
+
+
+def test_a_stack_that_only_a_cycle_of_references_holds_is_gone_for_the_next() -> None:
+    pipe, cycle = Pipe(), dict[str, Any]()
+    cycle["stack"], cycle["self"] = AdapterStack(pipe), cycle
+    cycle["stack"].add(ADAPTERS["a"])
+    del cycle
+    with pytest.warns(UserWarning, match="'a' of an AdapterStack"):
+        stack = AdapterStack(pipe)
+    stack.add(ADAPTERS["training"])
+    assert torch.equal(drawn(pipe), alone(ADAPTERS["training"]))
