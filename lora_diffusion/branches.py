@@ -13,6 +13,7 @@ reached as the layer's own product, so that nothing dense is rebuilt over 4 bits
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,16 @@ class Branch(nn.Module):
             self.held[key] = nn.Parameter(copy, requires_grad=trainable and floating)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Branch:
+        """Moved or cast: vectors stay float32, as `hold` has them, and what was made of the tensors is made anew."""
+        self.kept = None
+        exact = {key: held.data for key, held in self.held.items() if held.dtype == torch.float32 and held.dim() < 2}
+        super()._apply(fn, recurse)
+        for key, vector in exact.items():
+            if (held := self.held[key]).dtype != vector.dtype:
+                held.data = vector.to(held.device)
+        return self
+
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """adapted - base at weight 1, in the shape of `out`, which is the frozen layer's output for `x`."""
         raise NotImplementedError(type(self).__name__)
@@ -63,6 +74,11 @@ def add_branches(turned: Iterable[tuple[Branch, Tensor]], layer: nn.Module, x: T
         share = branch.change(layer, x, out) * number
         total = share if total is None else total + share
     return out if total is None else out + total.to(out.dtype)
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with, as its hooks are told."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:

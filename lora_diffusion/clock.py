@@ -24,6 +24,11 @@ class Clock:
         self.noise = 0.0  # of that call, in [0, 1]: its timestep over those that there are in training
         self.step = 0  # of the call that progress was last asked for, from 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
+        """Of the pipeline's copy where that is being copied; a model that is copied alone takes no pipeline along."""
+        new = memo[id(self)] = Clock(memo.get(id(self.pipe), self.pipe))
+        return new
+
     def progress(self, timestep: Any) -> float:
         """Progress in [0, 1] at `timestep` (a number or (batch,)), as the denoiser gets it."""
         timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)

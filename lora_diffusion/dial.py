@@ -7,7 +7,7 @@ gains = scales * numbers[owner]. Weights by image or place are built by the slot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -24,6 +24,8 @@ from lora_diffusion.gates import Call, Level, Resolved, entry_gate, has_places, 
 from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Slot
 from lora_diffusion.packing import unrecorded
+
+_uncompiled: Any = torch.compiler.disable
 
 
 @dataclass(slots=True)
@@ -51,7 +53,7 @@ class Dial:
         self._numbers: list[float] = []
         self._scheduled: list[int] = []
         self._fading: list[int] = []  # entries whose rows act by the noise
-        self._active: list[float] = [math.inf]  # how many rows of each entry do
+        self.active: list[float] = [math.inf]  # how many rows of each entry do
         self._place = torch.zeros(0, dtype=torch.long)  # of each row among those of its entry
         self._gains = torch.zeros(0)
         self._shared: list[tuple[Mapping[str, Tensor | None], Tensor]] = []  # slots' buffers, their part of the gains
@@ -97,7 +99,7 @@ class Dial:
                     entry.fading = fadings.get(entry.name)
         self._numbers = [0.0] * (len(self.entries) + 1)
         self._fading = [i for i, entry in enumerate(self.entries) if entry.fading is not None]
-        self._active = [math.inf] * len(self._numbers)
+        self.active = [math.inf] * len(self._numbers)
         counts = torch.tensor(rows, dtype=torch.long)
         self._owner = torch.tensor(owner, dtype=torch.long).repeat_interleave(counts)
         self._place = torch.arange(len(self._owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -142,7 +144,7 @@ class Dial:
                 self._numbers[number] = self._number(entry, 0.0)
         self._scheduled = [i for i, entry in enumerate(self.entries) if callable(entry.level)]
         for layer, slot in self.slots.items():
-            slot.live = self._builder(layer) if self._is_live(layer) else None
+            slot.live = Builder(self, layer) if self._is_live(layer) else None
             slot.by_image = not any(has_places(self.entries[i].level) for i in self._by_layer[layer])
         self.write()
         changing = len(self._taking_part) > 1 or any(not isinstance(e.level, float) or e.fading for e in self.entries)
@@ -156,6 +158,10 @@ class Dial:
     def _is_live(self, layer: str) -> bool:
         several = self.composition.times(self._taking_part) > 1 and bool(self._by_layer[layer])
         return several or any(is_live(self.entries[i].level) for i in self._by_layer[layer])
+
+    def entries_of(self, layer: str) -> range:
+        """Indices of the entries on one layer."""
+        return self._by_layer[layer]
 
     def _share(self) -> None:
         device = next((slot.down.device for slot in self.slots.values() if not slot.down.is_meta), None)
@@ -173,13 +179,13 @@ class Dial:
             self._share()  # the model was moved or cast in between
         gains = torch.tensor(self._numbers)[self._owner] * self._scales
         if self._fading:
-            gains = gains * (self._place < torch.tensor(self._active)[self._owner])
+            gains = gains * (self._place < torch.tensor(self.active)[self._owner])
         self._gains.copy_(gains)
 
     def wake(self) -> None:
         """Let slots that were fused into their weights act again."""
         for slot in self.slots.values():
-            slot.asleep = False
+            slot.fusion = None
         self.write()
 
     def _listen(self, *, before: bool, after: bool) -> None:
@@ -190,13 +196,12 @@ class Dial:
             hook.remove()
         hooks: list[RemovableHandle] = []
         if before:
-            listen: Any = torch.compiler.disable(self.before)
-            hooks.append(self.host.register_forward_pre_hook(listen, with_kwargs=True, prepend=True))
+            hooks.append(self.host.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True))
         if after:
-            heard: Any = torch.compiler.disable(self.after)
-            hooks.append(self.host.register_forward_hook(heard))
+            hooks.append(self.host.register_forward_hook(self.after))
         self.hooks, self._listening, self.call = tuple(hooks), (before, after), Call()
 
+    @_uncompiled
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook of the denoiser: what changes with the step gets its number for this call."""
         assert self.clock is not None
@@ -210,7 +215,7 @@ class Dial:
         for i in self._fading:
             fading = self.entries[i].fading
             assert fading is not None
-            self._active[i] = fading.active(self.entries[i].rank, self.clock.noise)
+            self.active[i] = fading.active(self.entries[i].rank, self.clock.noise)
         if changing or self._fading:
             self.write()
         times, x = self.composition.times(self._taking_part), _sample(args, kwargs)
@@ -218,39 +223,14 @@ class Dial:
             return repeated(args, len(x), times), repeated(kwargs, len(x), times)
         return None
 
+    @_uncompiled
     def after(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """Hook of the denoiser: the mean over what the adapters predict alone, where they are to do that."""
         times = self.composition.times(self._taking_part)
         return averaged(out, times) if times > 1 else out
 
-    def _builder(self, layer: str) -> Callable[[int, Sequence[int]], Tensor]:
-        numbers, slot = self._by_layer[layer], self.slots[layer]
-        entries = [self.entries[i] for i in numbers]
-        steady = self.composition.mode == "sum" and all(is_steady(e.level) and not e.fading for e in entries)
-        known: dict[int, Tensor] = {}  # by the size of the batch, where nothing else changes it
-
-        def build(batch: int, shape: Sequence[int]) -> Tensor:
-            if batch in known:
-                return known[batch]
-            with unrecorded():
-                gate = build_anew(batch, shape)
-            if steady:
-                known[batch] = gate
-            return gate
-
-        def build_anew(batch: int, shape: Sequence[int]) -> Tensor:
-            gates = [self._gate(entry, batch, shape) for entry in entries]
-            size = torch.broadcast_shapes(*(gate.shape for gate in gates))
-            columns = [gate.expand(*size[:2], entry.rank) for gate, entry in zip(gates, entries, strict=True)]
-            for i, number in enumerate(numbers):
-                if self._active[number] < entries[i].rank:
-                    columns[i] = columns[i] * (torch.arange(entries[i].rank) < self._active[number])
-            spare = torch.zeros(*size[:2], slot.rows - sum(e.rank for e in entries))
-            return torch.cat([*columns, spare], dim=-1)
-
-        return build
-
-    def _gate(self, entry: Entry, batch: int, shape: Sequence[int]) -> Tensor:
+    def gate(self, entry: Entry, batch: int, shape: Sequence[int]) -> Tensor:
+        """The number of one adapter at its layer in this call: (1 or batch, 1 or places, 1)."""
         times = self.composition.times(self._taking_part)
         if batch % times:
             raise ConfigError(f"composite of {times} adapters: {entry.layer!r} gets a batch of {batch}, no multiple")
@@ -258,6 +238,39 @@ class Dial:
             return torch.zeros(1, 1, 1)
         gate = entry_gate(entry.level, self.call, entry.layer, batch // times, shape) * entry.scale
         return gate if times == 1 else alone(gate, self._taking_part.index(entry.name), times, batch // times)
+
+
+class Builder:
+    """Makes the gates of one slot by image and place, for the call that its dial heard of. A copy is a copy's."""
+
+    def __init__(self, dial: Dial, layer: str) -> None:
+        self.dial, self.slot, self.numbers = dial, dial.slots[layer], dial.entries_of(layer)
+        composed = dial.composition.mode != "sum"
+        entries = [dial.entries[i] for i in self.numbers]
+        self._steady = not composed and all(is_steady(e.level) and not e.fading for e in entries)
+        self._known: dict[int, Tensor] = {}  # by the size of the batch, where nothing else changes it
+
+    @_uncompiled
+    def __call__(self, batch: int, shape: Sequence[int]) -> Tensor:
+        """(1 or batch, 1 or places, R) at a layer whose input is (batch, *shape, features)."""
+        if batch in self._known:
+            return self._known[batch]
+        with unrecorded():
+            gate = self._built(batch, shape)
+        if self._steady:
+            self._known[batch] = gate
+        return gate
+
+    def _built(self, batch: int, shape: Sequence[int]) -> Tensor:
+        entries = [self.dial.entries[i] for i in self.numbers]
+        gates = [self.dial.gate(entry, batch, shape) for entry in entries]
+        size = torch.broadcast_shapes(*(gate.shape for gate in gates))
+        columns = [gate.expand(*size[:2], entry.rank) for gate, entry in zip(gates, entries, strict=True)]
+        for i, number in enumerate(self.numbers):
+            if self.dial.active[number] < entries[i].rank:
+                columns[i] = columns[i] * (torch.arange(entries[i].rank) < self.dial.active[number])
+        spare = torch.zeros(*size[:2], self.slot.rows - sum(e.rank for e in entries))
+        return torch.cat([*columns, spare], dim=-1)
 
 
 def _sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

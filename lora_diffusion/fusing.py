@@ -63,7 +63,7 @@ def fuse(layers: Mapping[str, tuple[nn.Module, Slot, Shares]]) -> Fusion:
         raise
     for _, slot, _ in awake.values():
         slot.gate.zero_()  # compiled code reads the gate alone
-        slot.asleep = True
+        slot.fusion = fusion
     return fusion
 
 

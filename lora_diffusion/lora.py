@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_diffusion.branches import Branch, add_branches
+from lora_diffusion.branches import Branch, add_branches, first_input
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
 from lora_diffusion.packing import Block, Memory, memory, repacked, unrecorded
@@ -40,8 +40,8 @@ from lora_diffusion.products import add_convolution, add_linear, add_trained, me
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
-_PLAIN = frozenset(
-    "asleep at by_image convolution entries first hooks kept live moved numbers packed pairs reserve rows views".split()  # noqa: SIM905
+_PLAIN = {"dialled", "fusion"} | frozenset(
+    "at by_image convolution entries first hooks kept live moved numbers packed pairs reserve rows views".split()  # noqa: SIM905
 )
 
 Part = Pair | Branch
@@ -62,7 +62,8 @@ class Slot(nn.Module):
     views: Sequence[tuple[Memory, Memory]] = ()  # the rows of each of them, once they were exchanged
     at: tuple[int, ...] = ()  # where `down` and `up` lay then
     moved = False  # moved or cast, perhaps rounded, since all was written
-    asleep = False  # fused into the weight: the layer is left alone, whatever the weights
+    fusion: object = None  # by which it is in the weight: the layer is left alone, whatever the weights
+    dialled = False  # its gate is one of a dial's
     numbers: Sequence[float] = ()  # weights by entry; a dial's slots share one list, theirs from `first` on
     first = 0
 
@@ -146,14 +147,14 @@ class Slot(nn.Module):
     @property
     def idle(self) -> bool:
         """Whether the layer is left alone, bit for bit."""
-        return self.asleep or not any(self.weights)
+        return self.fusion is not None or not any(self.weights)
 
     def share(self, gate: Tensor, numbers: Sequence[float], first: int) -> Mapping[str, Tensor | None]:
         """Take a gate that lies in a larger buffer, and weights in a longer list, as a dial has them for all slots.
 
         Returns the buffers, whose "gate" is another tensor once the model was moved or cast.
         """
-        self._buffers["gate"], self.numbers, self.first = gate, numbers, first
+        self._buffers["gate"], self.numbers, self.first, self.dialled = gate, numbers, first, True
         return self._buffers
 
     def weigh(self, weights: Mapping[str, float]) -> None:
@@ -185,7 +186,7 @@ class Slot(nn.Module):
         if torch.compiler.is_compiling():
             return  # and no guard on what changes with the weights
         self.put_back(layer)
-        if not self.idle and self._merging_pays(layer, x := _input(args, kwargs)):
+        if not self.idle and self._merging_pays(layer, x := first_input(args, kwargs)):
             gate = None if self.live is None else self.live(len(x), x.shape[1:-1]).expand(len(x), -1, -1)
             self.kept.append(weight := frozen_weight(layer))
             merged = self.merged(weight) if gate is None else merged_by_image(weight, self.down, self.up, gate)
@@ -193,13 +194,11 @@ class Slot(nn.Module):
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Hook, called even when the layer raised: put the frozen weight back, or add the branch."""
-        if self.put_back(layer):
-            return out
-        if out is None or (not torch.compiler.is_compiling() and self.idle):  # compiled code adds zero instead
-            return out
+        if self.put_back(layer) or out is None or (not torch.compiler.is_compiling() and self.idle):
+            return out  # compiled code adds zero where it is idle
         if isinstance(out, tuple):  # joint attention: the picture's tokens, then the text's
             return (self.after(layer, args, kwargs, out[0]), *out[1:])
-        x = _input(args, kwargs)
+        x = first_input(args, kwargs)
         if self.branches:  # first: they need the base output, to which pairs may be added in place
             out = add_branches(self._turned(out), layer, x, out)
         return self(x, out) if len(self.down) else out
@@ -209,6 +208,11 @@ class Slot(nn.Module):
         if stood_in := bool(self.kept):
             layer._parameters["weight"] = self.kept.pop()  # type: ignore[assignment]
         return stood_in
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for weight in self.kept:  # after an interrupt: the layer's own is saved, not what stands in for it
+            destination[f"{prefix.removesuffix(f'{SLOT}.')}weight"] = weight if keep_vars else weight.detach()
 
     def extra_repr(self) -> str:
         """`'style' rank 16 at 0.8, …`"""
@@ -263,13 +267,9 @@ class Slot(nn.Module):
         if torch.is_grad_enabled() or self.gate.dim() > 1 or self.branches:
             return False  # branches need the base output
         if self.live is not None:  # by image, of linear layers alone; by place no weight can be merged
-            return self.by_image and how is None and x.dim() == 3 and merging_pays(layer, x, x.shape[1])
+            return self.by_image and how is None and x.dim() == 3 and merging_pays(layer, x, x.shape[1], weights=len(x))
         tokens = x.numel() // x.shape[-1] if how is None else x[:, 0].numel() // math.prod(how["stride"])
         return merging_pays(layer, x, tokens)
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def place(layer: nn.Module, slot: Slot) -> None:

@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 _PRODUCTS = (nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward)  # W x + b and nothing else
 
+#: bytes of the weights by image that stand in for one layer's, for the length of its call
+MOST = 2**30
+
 
 class LowRank(torch.autograd.Function):
     """((x downᵀ) · gate) up, the factors cast to x's dtype; added in place to `onto` where given.
@@ -74,6 +77,7 @@ def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -
     Where a gate by image, (batch, 1, R), is 0 for most rows of every image, each image meets its own rows alone.
     """
     by_image = gate.dim() == 3 == x.dim() and gate.shape[:2] == (len(x), 1)
+    by_image = by_image and not torch.compiler.is_compiling()  # how many rows act would be a number of the graph's
     own = _own_rows(down, up, gate) if by_image else None
     if own is not None:
         down, up, gate = own
@@ -86,8 +90,11 @@ def add_linear(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -
     return out
 
 
-def merging_pays(layer: nn.Module, x: Tensor, tokens: int) -> bool:
-    """Whether a merged weight can stand in for a layer's own when it meets x, and takes less time than the branch."""
+def merging_pays(layer: nn.Module, x: Tensor, tokens: int, *, weights: int = 1) -> bool:
+    """Whether a merged weight can stand in for a layer's own when it meets x, and takes less time than the branch.
+
+    `weights`: as many are made at a time, each to meet `tokens`; not where they would take more than `MOST` bytes.
+    """
     weight: Tensor | None = vars(layer)["_parameters"].get("weight")
     if weight is None or type(layer).forward not in _PRODUCTS:
         return False  # what a class of its own makes of its weight is unknown
@@ -95,6 +102,8 @@ def merging_pays(layer: nn.Module, x: Tensor, tokens: int) -> bool:
         return False  # 4-bit, offloaded or tied up otherwise
     if weight.dtype == torch.float16 and weight.device.type == "cpu":
         return False  # float16 matrix products are slow there
+    if weights > 1 and weights * weight.nbytes > MOST:
+        return False
     out, width = weight.shape[0], weight[0].numel()
     return tokens * (width + out) > width * out
 

@@ -1,7 +1,8 @@
 """Adapters that a stack has met: read, checked and matched with the model once, then swapped in by copying rows.
 
 Files are known by path, size and time; adapters by their object. A tensor that is written to in place makes its
-adapter a new one. The content hash is taken where two adapters must be told apart, not to put one on.
+adapter a new one the next time it is put on; while it is on, the stack may or may not read what was written: take it
+off first. The content hash is taken where two adapters must be told apart, not to put one on.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from lora_diffusion.fusing import Fusion, fuse
 from lora_diffusion.gates import Resolved, Weight, resolve_weight
 from lora_diffusion.gates.fading import fading_of
 from lora_diffusion.layers import is_adaptable, submodule
-from lora_diffusion.leaving import leave, take_off_left
+from lora_diffusion.leaving import Hold
 from lora_diffusion.lora import Slot
 from lora_diffusion.resident import Residents
 from lora_diffusion.seating import Seating, hosts_of, inner
@@ -41,20 +41,21 @@ from lora_diffusion.tokens import Vocabulary
 class AdapterStack:
     """Adapters on one pipeline. Iterating gives their names in the order they were added.
 
-    They act on where nobody holds the stack any more, until the pipeline's next one takes them off and says so.
+    Where nobody holds the stack any more, or the pipeline was copied alone, they act on until the next takes them off.
     """
 
     def __init__(self, pipe: Any) -> None:
+        self._vocabulary = Vocabulary(pipe)  # first: a copy of the stack begins with the pipeline, as the clocks need
         hosts = hosts_of(pipe)
         self.components = {name: inner(host) for name, host in hosts.items()}
         clock = Clock(pipe)
         self._dials = {n: Dial(n, host, clock if n in DENOISERS else None) for n, host in hosts.items()}
         self._stacked: dict[str, Stacked] = {}
         self._seating = Seating(self.components, self._dials)
-        self._vocabulary = Vocabulary(pipe)
         self.residents: Residents[Fit] = Residents(partial(_plan, self.components))
         self._fusion: Fusion | None = None
         self.composition = Composition()
+        self._hold = Hold(self.components, self._dials, self._vocabulary)
         self._begin()
 
     def reserve(self, rank: int, targets: Targets = "all-linear", *, component: str = "denoiser") -> None:
@@ -190,8 +191,7 @@ class AdapterStack:
 
     def shares(self, component: str, layer: str) -> dict[str, LayerAdapter]:
         """adapter -> its share of one layer."""
-        there = ((name, stacked.layers.get((component, layer))) for name, stacked in self._stacked.items())
-        return {name: share for name, share in there if share is not None}
+        return {n: one.layers[component, layer] for n, one in self._stacked.items() if (component, layer) in one.layers}
 
     def content_hash(self, name: str) -> str:
         """The content hash of an adapter on the stack, taken when it is first needed."""
@@ -226,8 +226,8 @@ class AdapterStack:
         self.release()
 
     def __del__(self) -> None:
-        if not sys.is_finalizing() and "composition" in vars(self):
-            leave(self.components, self._dials, list(self), self._vocabulary, self._fusion)
+        if not sys.is_finalizing() and "_hold" in vars(self):
+            self._hold.leave(list(self))
 
     def __repr__(self) -> str:
         rows = [f"  {s.name!r} at {s.weight}: {len(s.layers)} layers" for s in self._stacked.values()]
@@ -291,7 +291,7 @@ class AdapterStack:
         """Before any change: ConfigError while fused; what a stack that is gone left is taken off."""
         if self._fusion is not None:
             raise ConfigError("the stack is fused into the weights; call unfuse() first")
-        if left := take_off_left(self.components, self._vocabulary):
+        if left := self._hold.take_off_left():
             warnings.warn(f"{some(left)} of an AdapterStack that is gone taken off; hold it to keep them", stacklevel=3)
 
 

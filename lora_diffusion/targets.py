@@ -90,6 +90,6 @@ def _matches(part: str, name: str, layer: nn.Module) -> bool:
 
 
 def _no_match(part: str, model: nn.Module, layers: dict[str, nn.Module]) -> str:
-    near = did_you_mean(part, [*PRESETS, *layers])
+    near = did_you_mean(part, [name for name in (*PRESETS, *layers) if name != part])
     hint = near or f"; there are presets {', '.join(PRESETS)} and layers such as {some(list(layers))}"
     return f"target {part!r} matches no linear, convolution or norm layer of {type(model).__name__}{hint}"

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import is_finite
-from lora_diffusion.errors import AdapterMismatchError, some
+from lora_diffusion.errors import AdapterMismatchError, TargetError, some
 
 Embeddings = Mapping[str, Mapping[str, Tensor]]  # token -> component -> (n, width)
+
+
+_OWN = "_own_vocabulary"  # on a text encoder with learned tokens: its tokenizer and table as they were
+
+
+def own_vocabulary(encoder: nn.Module) -> tuple[Any, Any] | None:
+    """Tokenizer and embedding weight that a text encoder had before the tokens that are on it came."""
+    return vars(encoder).get(_OWN)
 
 
 class Vocabulary:
@@ -27,7 +35,10 @@ class Vocabulary:
         self.kept: dict[str, tuple[Any, Any]] = {}  # component -> tokenizer, embedding weight
 
     def check(self, embeddings: Embeddings, others: Iterable[Embeddings], adapter: str) -> None:
-        """AdapterMismatchError where a token has no text encoder, another width, or is known already."""
+        """AdapterMismatchError where a token has no text encoder, another width, or is known already.
+
+        TargetError where another stack's tokens are on the encoder.
+        """
         taken = {spelled for other in others for token, of in other.items() for spelled in _all_spelled(token, of)}
         for token, vectors in embeddings.items():
             spelled = _all_spelled(token, vectors)
@@ -36,6 +47,9 @@ class Vocabulary:
                 tokenizer = self.kept[component][0] if component in self.kept else self._tokenizer(component)
                 if not isinstance(encoder, nn.Module) or tokenizer is None:
                     raise AdapterMismatchError(f"adapter {adapter!r}: token {token!r}: there is no {component}")
+                if own_vocabulary(_inner(encoder)) is not self.kept.get(component):
+                    why = f"{component} has learned tokens of another stack; add to that stack, or clear it first"
+                    raise TargetError(f"adapter {adapter!r}: token {token!r}: {why}")
                 width = _table(encoder).weight.shape[1]
                 if rows.shape[-1] != width:
                     found = f"vectors are {rows.shape[-1]} wide, {component} is {width}"
@@ -61,7 +75,7 @@ class Vocabulary:
 
     def _extend(self, component: str, tokens: Mapping[str, Tensor]) -> None:
         tokenizer, table = self._tokenizer(component), _table(getattr(self.pipe, component))
-        self.kept[component] = (tokenizer, table.weight)
+        vars(_inner(getattr(self.pipe, component)))[_OWN] = self.kept[component] = (tokenizer, table.weight)
         longer = copy.deepcopy(tokenizer)
         names = [name for token, rows in tokens.items() for name in _spelled(token, len(rows))]
         longer.add_tokens(names)
@@ -74,20 +88,25 @@ class Vocabulary:
         _resize(getattr(self.pipe, component), weight)
         setattr(self.pipe, _tokenizer_name(component), longer)
 
-    def restore(self, kept: Mapping[str, tuple[Any, Any]]) -> None:
-        """Bring tokenizers and embedding weights (by component) back."""
-        for component, (tokenizer, weight) in kept.items():
-            table = _table(getattr(self.pipe, component))
-            weight.data = weight.data.to(table.weight)  # it may have been moved or cast in between
-            table.weight = weight
-            _resize(getattr(self.pipe, component), weight)
+    def restore(self, components: Iterable[str]) -> None:
+        """Bring tokenizers and embedding weights of these components back."""
+        for component in components:
+            encoder = getattr(self.pipe, component)
+            tokenizer, weight = vars(_inner(encoder)).pop(_OWN)
+            weight.data = weight.data.to(_table(encoder).weight)  # it may have been moved or cast in between
+            _table(encoder).weight = weight
+            _resize(encoder, weight)
             setattr(self.pipe, _tokenizer_name(component), tokenizer)
 
-    def restore_tokenizer(self, pipe: Any, component: str, encoder: nn.Module) -> None:
-        """Bring the tokenizer of another pipeline with the same encoder back, if that has one."""
+    def restore_left(self, component: str, pipe: Any) -> None:
+        """The same for tokens that a stack left, and on another pipeline with the same encoder, if that has one."""
+        encoder = getattr(self.pipe, component, None)
+        if encoder is None or (own := own_vocabulary(_inner(encoder))) is None or own is self.kept.get(component):
+            return
+        self.restore([component])
         theirs = getattr(pipe, component, None)
-        if pipe is not self.pipe and getattr(theirs, "_orig_mod", theirs) is encoder and self._tokenizer(component):
-            setattr(pipe, _tokenizer_name(component), self._tokenizer(component))
+        if pipe is not self.pipe and theirs is not None and _inner(theirs) is _inner(encoder):
+            setattr(pipe, _tokenizer_name(component), own[0])
 
     def _tokenizer(self, component: str) -> Any:
         return getattr(self.pipe, _tokenizer_name(component), None)
@@ -111,7 +130,11 @@ def _resize(encoder: Any, weight: Tensor) -> None:
     encoder.config.vocab_size = len(weight)  # so that what is saved can be opened
 
 
+def _inner(encoder: Any) -> Any:
+    return getattr(encoder, "_orig_mod", encoder)
+
+
 def _table(encoder: Any) -> nn.Embedding:
-    table = getattr(encoder, "_orig_mod", encoder).get_input_embeddings()
+    table = _inner(encoder).get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     return table

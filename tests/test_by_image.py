@@ -46,3 +46,19 @@ def test_images_with_their_own_mixes_are_each_as_if_alone(mixes: Any, tokens: in
     y = x.clone().requires_grad_()
     layer(y).float().sum().backward()  # what was made in inference mode is not used again here
     assert y.grad is not None
+
+
+def test_weights_that_would_not_fit_the_bound_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = torch.nn.Linear(24, 32), torch.randn(4, 400, 24)
+    slot = Slot(layer, [Pair("a", torch.randn(4, 24) / 5, torch.randn(32, 4) / 5, 0.5)])
+    place(layer, slot)
+    dial, kinds = Dial("unet", layer, None), list[type]()
+    dial.bind({"layer": slot}, {"a": Resolved((0.2, 0.4, 0.6, 0.8))})
+    layer.register_forward_pre_hook(lambda one, given: kinds.append(type(one.weight)))
+    with torch.inference_mode():
+        outs = []
+        for bound in (4 * layer.weight.nbytes, 4 * layer.weight.nbytes - 1):
+            monkeypatch.setattr("lora_diffusion.products.MOST", bound)
+            outs.append(layer(x))
+    assert kinds == [WeightByImage, torch.nn.Parameter]
+    torch.testing.assert_close(outs[0], outs[1])

@@ -12,10 +12,12 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 
-from lora_diffusion import Adapter, AdapterStack
+from lora_diffusion import Adapter, AdapterStack, Region
+from lora_diffusion.errors import TargetError
 from lora_diffusion.quantize import fingerprint
 from tests import tiny
 from tests.small import ADAPTERS, Pipe, Small, X, small_adapter
+from tests.test_gates import adapter as on_linear
 
 OTHER = small_adapter("other", 2, 9)  # the ranks of "a"
 MANY = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(6))  # enough tokens for a merged weight
@@ -100,6 +102,35 @@ def copied(pipe: Pipe, stack: AdapterStack) -> tuple[Pipe, AdapterStack]:
     return copy.deepcopy((pipe, stack))
 
 
+@pytest.mark.parametrize("first", ["pipeline", "stack"])
+@pytest.mark.parametrize(
+    "weight", ["0@0,1@1", [0.2, 0.9], Region(torch.eye(8), "1@0,0@1")], ids=["steps", "list", "place"]
+)
+def test_what_changes_with_the_call_is_copied_too(weight: Any, first: str, sd: Any) -> None:
+    stack = AdapterStack(sd)
+    stack.add(on_linear(sd), weight)
+    expected = tiny.picture(sd, ["a fox", "a hare"], output_type="latent")
+    if first == "stack":
+        other, theirs = copy.deepcopy((stack, sd))
+    else:
+        theirs, other = copy.deepcopy((sd, stack))
+    stack.weigh("a", 0.1)
+    assert torch.equal(tiny.picture(theirs, ["a fox", "a hare"], output_type="latent"), expected)
+    stack.clear()
+    assert torch.equal(tiny.picture(theirs, ["a fox", "a hare"], output_type="latent"), expected)
+    other.clear()
+    assert (str(theirs.unet), fingerprint(theirs.unet)) == (str(sd.unet), fingerprint(sd.unet))
+    assert not vars(theirs.unet)["_forward_pre_hooks"]
+
+
+def test_a_model_copied_alone_takes_no_pipeline_along(sd: Any) -> None:
+    stack = AdapterStack(sd)
+    stack.add(on_linear(sd), "0@0,1@1")
+    (hook,) = copy.deepcopy(sd.unet)._forward_pre_hooks.values()
+    assert hook.__self__.clock.pipe is sd
+    assert hook.__self__ is not stack._dials["unet"]
+
+
 def given_other_memory(pipe: Pipe, stack: AdapterStack) -> tuple[Pipe, AdapterStack]:
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.clone()
@@ -174,3 +205,76 @@ def test_layers_of_a_class_of_their_own_compute_the_same_for_many_tokens_as_for_
         with torch.no_grad():
             turned = torch.tensor(weight).reshape(-1, 1, 1)
             torch.testing.assert_close(layer(x), out + x @ delta * turned, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("weight", [0.7, {"unet": "0@0,1@1", "text_encoder": 0.5}])
+def test_a_pipeline_copied_without_its_stack_gives_up_what_it_carries_to_its_own(
+    weight: Any, fused: bool, sd: Any
+) -> None:
+    trees, marks = ([f(getattr(sd, c)) for c in ("unet", "text_encoder")] for f in (str, fingerprint))
+    base, vocabulary, stack = tiny.picture(sd, "a <fox>"), len(sd.tokenizer), AdapterStack(sd)
+    vectors = {"<fox>": {"text_encoder": torch.ones(2, 32)}}
+    stack.add(Adapter("a", on_linear(sd).layers, vectors), 0.7 if fused else weight)
+    if fused:
+        stack.fuse()
+    drawn = tiny.picture(sd, "a <fox>")
+    alone = copy.deepcopy(sd)
+    assert (tiny.picture(alone, "a <fox>") == drawn).all()
+    with pytest.warns(UserWarning, match="'a' of an AdapterStack"):
+        other = AdapterStack(alone)
+    assert (tiny.picture(alone, "a <fox>") == base).all()
+    assert [f(getattr(alone, c)) for f in (str, fingerprint) for c in ("unet", "text_encoder")] == [*trees, *marks]
+    assert not vars(alone.unet)["_forward_pre_hooks"]
+    assert len(alone.tokenizer) == vocabulary
+    other.add(on_linear(sd), 0.7)
+    assert (tiny.picture(sd, "a <fox>") == drawn).all()
+    stack.clear()
+    assert (tiny.picture(sd, "a <fox>") == base).all()
+
+
+def test_a_copy_that_carries_tokens_alone_gives_them_up(sd: Any) -> None:
+    stack = AdapterStack(sd)
+    stack.add(Adapter("words", {}, {"<fox>": {"text_encoder": torch.ones(1, 32)}}))
+    alone, copies = copy.deepcopy(sd), copy.deepcopy((sd, stack))
+    with pytest.warns(UserWarning, match="tokens of text_encoder"):
+        AdapterStack(alone)
+    assert len(alone.tokenizer) == len(sd.tokenizer) - 1
+    AdapterStack(copies[0])  # holds nothing yet, and what is on is the copied stack's
+    assert len(copies[0].tokenizer) == len(sd.tokenizer)
+
+
+def test_tokens_of_two_stacks_on_one_encoder_are_refused(sd: Any) -> None:
+    other = StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)
+    first, second, third = AdapterStack(sd), AdapterStack(sd), AdapterStack(other)
+    first.add(Adapter("one", {}, {"<one>": {"text_encoder": torch.ones(1, 32)}}))
+    held, table = sd.tokenizer, sd.text_encoder.get_input_embeddings().weight
+    for stack in (second, third):  # theirs would go with the first's, or lie in the same rows of the table
+        with pytest.raises(TargetError, match="tokens of another stack"):
+            stack.add(Adapter("two", {}, {"<two>": {"text_encoder": torch.ones(1, 32)}}))
+    assert (sd.tokenizer, sd.text_encoder.get_input_embeddings().weight) == (held, table)
+    first.clear()
+    second.add(Adapter("two", {}, {"<two>": {"text_encoder": torch.ones(1, 32)}}))
+    assert "<two>" in sd.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("keep_vars", [False, True])
+@pytest.mark.parametrize("weight", [0.7, [0.7, 0.2]])
+def test_what_is_saved_after_an_interrupt_is_the_frozen_weight(weight: Any, keep_vars: bool) -> None:
+    stack = AdapterStack(pipe := Pipe())
+    stack.add(ADAPTERS["a"], weight)
+    interrupt(pipe)
+    saved = pipe.unet.state_dict(keep_vars=keep_vars)
+    assert torch.equal(saved["down_blocks.0.to_q.weight"], Small().down_blocks[0]["to_q"].weight)
+    assert isinstance(saved["down_blocks.0.to_q.weight"], nn.Parameter) == keep_vars
+
+
+def test_a_stack_that_only_a_cycle_of_references_holds_is_gone_for_the_next() -> None:
+    pipe, cycle = Pipe(), dict[str, Any]()
+    cycle["stack"], cycle["self"] = AdapterStack(pipe), cycle
+    cycle["stack"].add(ADAPTERS["a"])
+    del cycle
+    with pytest.warns(UserWarning, match="'a' of an AdapterStack"):
+        stack = AdapterStack(pipe)
+    stack.add(ADAPTERS["training"])
+    assert torch.equal(drawn(pipe), alone(ADAPTERS["training"]))

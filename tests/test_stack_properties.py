@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diffusion import AdapterStack, save_adapter
+from lora_diffusion import AdapterStack, Region, save_adapter
 from lora_diffusion.errors import AdapterMismatchError, LoraDiffusionError, TargetError
 from lora_diffusion.lora import Slot
 from lora_diffusion.quantize import fingerprint
@@ -118,6 +118,30 @@ def test_no_recompilation_over_weight_changes_and_swaps_within_the_reserve() -> 
     stack.clear()
     stack.release()
     assert str(pipe.unet) == str(Small())
+
+
+MIXES = [1.0, 0.0], [0.2, 0.3], [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "weights", [MIXES, [Region(torch.eye(4), w) for w in (1.0, 0.5, 0.2)]], ids=["lists", "regions"]
+)
+def test_weights_by_image_and_place_do_not_recompile(weights: Any) -> None:
+    counting, pipe = Counting(), Pipe()
+    stack = AdapterStack(pipe)
+    stack.reserve(8, "all-linear+conv")
+    compiled = torch.compile(pipe.unet, backend=counting)
+    stack.add(ADAPTERS["a"], weights[0])
+    stack.add(ADAPTERS["training"], weights[1])
+    with torch.no_grad():
+        compiled(X)
+        first = counting.graphs
+        for turn in range(3):
+            stack.weigh_all({"a": weights[turn], "training": weights[turn - 1]})
+            torch.testing.assert_close(compiled(X), pipe.unet(X), rtol=1e-4, atol=1e-5)
+        stack.swap("a", ADAPTERS["c.v1"])
+        torch.testing.assert_close(compiled(X), pipe.unet(X), rtol=1e-4, atol=1e-5)
+    assert counting.graphs == first
 
 
 def test_a_schedule_does_not_recompile() -> None:

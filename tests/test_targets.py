@@ -76,3 +76,9 @@ def test_attaching_twice_is_refused_and_changes_nothing(sd: DiffusionPipeline) -
             attach(sd.unet, LoRA(2), "all-linear")
         assert str(sd.unet) == tree
         assert len(first.slots) == len(find_targets(sd.unet, "attention"))
+
+
+def test_a_preset_of_which_a_model_has_nothing_is_not_offered_again() -> None:
+    with pytest.raises(TargetError, match=r"target 'conv' matches no .* there are presets") as caught:
+        find_targets(nn.ModuleDict({"to_q": nn.Linear(4, 4)}), "all-linear+conv")
+    assert "did you mean" not in str(caught.value)

@@ -11,7 +11,7 @@ of a stack is linear, base + weight · (adapted - base); at 1 that is PEFT's and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import LayerAdapter
-from lora_diffusion.branches import convolved, pointwise, product
+from lora_diffusion.branches import Branch, convolved, pointwise, product
 from lora_diffusion.layers import CONVOLUTIONS, compute_dtype, kernel_shape, weight_shape
 from lora_diffusion.lora import Part
 from lora_diffusion.methods.deltas import DeltaBranch, decomposed, squares, weight_norm
@@ -32,6 +32,10 @@ class DoRABranch(DeltaBranch):
     """`down`, `up`, `magnitude`: (out,), or (1, in[, 1, 1]) for one an input, which needs the dense weight."""
 
     squares: Tensor | None = None  # ‖w‖² of every row of the frozen weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Branch:
+        self.squares = None  # the weight that they were taken of may be rounded
+        return super()._apply(fn, recurse)
 
     def delta(self, layer: nn.Module) -> Tensor:
         """s · up · down."""

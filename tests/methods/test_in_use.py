@@ -57,6 +57,22 @@ def test_all_methods_stack_on_one_pipeline_in_any_order_and_come_off_without_a_t
     assert repr(pipe.unet) == tree
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_model_cast_with_an_adapter_on_computes_what_one_cast_before_does(method: str, dtype: torch.dtype) -> None:
+    late, early = tiny.sd(), tiny.sd()
+    places = {"prefix": "attention-blocks", "norm": "norm", "set": "norm"}
+    adapter = random_adapter(late, method, places.get(method, "attention+conv"))
+    early.unet.to(dtype)
+    stacks = AdapterStack(late), AdapterStack(early)
+    with torch.no_grad():
+        for stack, pipe in zip(stacks, (late, early), strict=True):
+            stack.add(adapter, 0.7)
+            tiny.predict(pipe.unet, pipe.unet.dtype)
+        late.unet.to(dtype)
+        assert torch.equal(tiny.predict(late.unet, dtype), tiny.predict(early.unet, dtype))
+
+
 def test_each_image_of_a_batch_has_its_own_weight_of_a_branch() -> None:
     pipe = tiny.sd()
     adapter = random_adapter(pipe, "dora")
