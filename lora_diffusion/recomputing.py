@@ -174,7 +174,7 @@ def _of_made(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor
     out = func(*args, **named)
     parts = args[0] if args and isinstance(args[0], list | tuple) else args
     known = any(isinstance(one, Tensor) and _note_of(one) for one in parts)
-    return _noted(out, func, args, named, []) if known and not any(out is one for one in args) else out
+    return _noted(out, func, args, named, []) if known else out
 
 
 _RUN: dict[Any, Callable[[Any, Sequence[Any], Mapping[str, Any]], Tensor]] = {
@@ -186,6 +186,8 @@ _RUN: dict[Any, Callable[[Any, Sequence[Any], Mapping[str, Any]], Tensor]] = {
 
 def _noted(out: Tensor, func: Any, args: Sequence[Any], named: Mapping[str, Any], kept: list[Tensor]) -> Tensor:
     """`out` with a note, unless too much would be kept only for it. `kept` is kept by autograd in any case."""
+    if any(out is one for one in args):  # in place, or nothing to be done
+        return out
     known: dict[_Kept, Tensor] = {}
     cost = 0
 
