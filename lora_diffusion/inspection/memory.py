@@ -158,6 +158,7 @@ class _Stage:
             quantize_encoders(self.pipe, config.backbone.text_encoders, self.dtype, "meta")
         self.resolution = _largest(config)
         self.report: QuantizationReport | None = None  # of the last denoiser that was quantised
+        self._made: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}  # inputs by batch and resolution
 
     def cost(self, name: str, config: TrainConfig, precision: Any) -> Cost:
         """One training step's cost; without precision all of the denoiser is trained."""
@@ -226,8 +227,11 @@ class _Stage:
 
         A second batch or a prior's loss comes when gradients are there already.
         """
-        with Rehearsal(), torch.no_grad():
-            latents, conditioning = self._inputs(config.train.batch, _largest(config))
+        wanted = config.train.batch, _largest(config)
+        if wanted not in self._made:
+            with Rehearsal(), torch.no_grad():
+                self._made[wanted] = self._inputs(*wanted)
+        latents, conditioning = self._made[wanted]
         times = self.objective.draw(config.train.batch, torch.Generator())
         passes = 1 + (config.train.accumulate > 1 or config.prior.kind != "none")
         with Rehearsal() as rehearsal:
@@ -235,7 +239,7 @@ class _Stage:
             for _ in range(passes):
                 with keeping_less(config.train):
                     if live:
-                        conditioning |= self._encoded(config.train.batch)
+                        conditioning = conditioning | self._encoded(config.train.batch)
                     loss = losses(self.family, self.objective, denoiser, latents, conditioning, noise, times).mean()
                 loss.backward()
                 del loss

@@ -45,11 +45,16 @@ class Rehearsal(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        self.peak = max(self.peak, self.live)
         before = {id(_storage(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = _with_values(func, args, dict(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and id(_storage(leaf)) not in before:
                 self._count(_storage(leaf))
+        if not (
+            func is _aten.add.Tensor and _in_backward()
+        ):  # there gradients are added up in place, if not under a mode
+            self.peak = max(self.peak, self.live)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -59,7 +64,6 @@ class Rehearsal(TorchDispatchMode):
         size = storage.nbytes()
         self._known[key] = weakref.ref(storage, self._forget(key, size))
         self.live += size
-        self.peak = max(self.peak, self.live)
 
     def _forget(self, key: int, size: int) -> Callable[[object], None]:
         def gone(_: object) -> None:
@@ -95,6 +99,10 @@ def _positions(index: Tensor | None) -> list[Tensor | None]:
     return [index] if index is None or index.is_meta or index.dtype != torch.bool else list(index.nonzero().unbind(1))
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage], there is no public one
+
+
 def _is_meta(device: Any) -> bool:
     return device is not None and torch.device(device).type == "meta"
 
@@ -109,27 +117,34 @@ def put_words_in(table: nn.Module, count: int) -> tuple[nn.Parameter, RemovableH
     return rows, table.register_forward_hook(put_in)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):
-    """Shapes only: keeps q, k, v, the output and one number a row, as FlashAttention does (arXiv 2205.14135)."""
+    """Shapes only: keeps q, k, v, the mask, the output and one number a row, as FlashAttention (arXiv 2205.14135) does.
+
+    The output lies token by token, as the kernels have it: heads are put side by side again without a copy.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        *batch, tokens, _ = query.shape
+        out = query.new_empty(*batch[:-1], tokens, *batch[-1:], value.shape[-1])
+        out = out.transpose(-3, -2) if batch else out
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.save_for_backward(query, key, value, mask, out, sums)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
