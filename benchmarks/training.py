@@ -24,7 +24,7 @@ from stacking import SD15, SDXL, SMALL
 from timing import interleaved, write
 from torch import Tensor, nn
 
-from lora_diffusion import LoRA, attach
+from lora_diffusion import LoRA, Recompute, attach
 from lora_diffusion.quantize import quantize
 from lora_diffusion.targets import find_targets
 
@@ -70,7 +70,7 @@ class Subject:
         """Forward and backward."""
         latents, time, states = self.given
         cast = torch.autocast("cpu", torch.bfloat16) if "autocast" in self.who else contextlib.nullcontext()
-        with cast:
+        with cast, Recompute() if "recomputed" in self.who else contextlib.nullcontext():
             answer = self.unet(latents.detach().requires_grad_(not self.parameters), time, states).sample
         answer.float().square().mean().backward()
         for parameter in self.parameters:
@@ -96,7 +96,7 @@ class Subject:
 
 def steps(config: dict[str, Any], side: int, rounds: int, rank: int) -> dict[str, Any]:
     """Seconds of a step, and over the frozen U-Net's."""
-    names = ("frozen", "ours", "peft", "ours, autocast", "peft, autocast")
+    names = ("frozen", "ours", "ours, recomputed", "peft", "ours, autocast", "peft, autocast")
     subjects = {name: Subject(config, side, name, rank) for name in names}
     times = interleaved({name: subject.step for name, subject in subjects.items()}, rounds)
     relative = {n: times[n]["median"] / times["frozen"]["median"] for n in names[1:]}
@@ -107,7 +107,7 @@ def bytes_kept(config: dict[str, Any], side: int, rank: int) -> dict[str, Any]:
     """Megabytes (10^6) that autograd keeps, and how many of them are there because of the adapters."""
     frozen = Subject(config, side, "frozen", rank).kept()
     results: dict[str, Any] = {"frozen": frozen / 1e6}
-    for name in ("ours", "peft", "peft, autocast"):
+    for name in ("ours", "ours, recomputed", "peft", "peft, autocast"):
         for dropout in (0.0, 0.1):
             total = Subject(config, side, name, rank, dropout).kept()
             label = f"{name}, dropout" if dropout else name

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lora_diffusion.merging import resize as resize
     from lora_diffusion.methods.lora import LoRA as LoRA
     from lora_diffusion.pipelines import load_pipeline as load_pipeline
+    from lora_diffusion.recomputing import Recompute as Recompute
     from lora_diffusion.stack import AdapterStack as AdapterStack
     from lora_diffusion.training.config import TrainConfig as TrainConfig
     from lora_diffusion.training.loop import train as train
@@ -48,6 +49,7 @@ _HOMES = {
     "LayerAdapter": "adapter",
     "LoRA": "methods.lora",
     "LoraDiffusionError": "errors",
+    "Recompute": "recomputing",
     "Region": "gates",
     "TargetError": "errors",
     "TrainConfig": "training.config",

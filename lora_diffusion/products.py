@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_diffusion.recomputing import keep, made_again, unseen
+
 _PRODUCTS = (nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward)  # W x + b and nothing else
 
 #: bytes of the weights by image that stand in for one layer's, for the length of its call
@@ -20,7 +22,8 @@ MOST = 2**30
 class LowRank(torch.autograd.Function):
     """((x downᵀ) · gate) up, the factors cast to x's dtype; added in place to `onto` where given.
 
-    Saves x and x downᵀ · gate, which has `rank` numbers a token; where `down` is frozen (LoRA-FA), the latter alone.
+    Saves x (or what makes it again, see `recomputing.py`) and x downᵀ · gate, which has `rank` numbers a token; where
+    `down` is frozen (LoRA-FA), the latter alone.
     """
 
     @staticmethod
@@ -28,7 +31,8 @@ class LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, gate: Tensor, onto: Tensor | None
     ) -> Tensor:
         hidden = gated(F.linear(x, down.to(x.dtype)), gate)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, hidden, down, up, gate)
+        ctx.how, kept = keep(x) if ctx.needs_input_grad[1] else (None, [None])
+        ctx.save_for_backward(hidden, down, up, gate, *kept)
         if onto is None:
             return hidden @ up.to(x.dtype)
         ctx.mark_dirty(onto)
@@ -40,7 +44,8 @@ class LowRank(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor, None, Tensor | None]:
-        x, hidden, down, up, gate = ctx.saved_tensors
+        hidden, down, up, gate, *kept = ctx.saved_tensors
+        x = made_again(ctx.how, kept)
         rows = grad.flatten(0, -2)
         inner = gated(F.linear(grad, up.to(grad.dtype)), gate)
         grad_up = (hidden.to(grad.dtype).flatten(0, -2).t() @ rows).to(up.dtype)  # they differ under autocast
@@ -51,12 +56,13 @@ class LowRank(torch.autograd.Function):
 
 def add_trained(x: Tensor, out: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     """`out` and the product of a linear layer's pair, with gradients; in place where nothing stands against it."""
-    plain = (
-        out.dtype == x.dtype and out.is_contiguous() and not out._is_view() and not (out.is_leaf and out.requires_grad)
-    )
-    if plain and not torch.compiler.is_compiling():
-        return LowRank.apply(x, down, up, gate, out)
-    return out + LowRank.apply(x, down, up, gate, None).to(out.dtype)
+    if torch.compiler.is_compiling():
+        return out + LowRank.apply(x, down, up, gate, None).to(out.dtype)
+    with unseen():
+        own = out.is_contiguous() and not out._is_view() and not (out.is_leaf and out.requires_grad)
+        if own and out.dtype == x.dtype:
+            return LowRank.apply(x, down, up, gate, out)
+        return out + LowRank.apply(x, down, up, gate, None).to(out.dtype)
 
 
 def pair_norm(down: Tensor, up: Tensor, scale: float = 1.0) -> float:

@@ -28,6 +28,7 @@ from lora_diffusion.pipelines import DTYPES, pick_device, quantize_encoders, qui
 from lora_diffusion.quantize import QuantizationReport, quantize, weight_bytes
 from lora_diffusion.training.adapting import encoders_for
 from lora_diffusion.training.config import TrainConfig
+from lora_diffusion.training.judging import keeping_less
 from lora_diffusion.training.loop import turn_on_checkpointing
 from lora_diffusion.training.objective import losses, objective_for
 from lora_diffusion.training.optimizers import optimizer_bytes
@@ -121,6 +122,8 @@ def ways_to_fit(config: TrainConfig, limit: float, *, gpu: bool | None = None) -
 
 
 def _savings(config: TrainConfig) -> Iterator[tuple[str, ...]]:
+    if not config.train.recompute:
+        yield ("train.recompute=true",)
     if not config.train.checkpointing:
         yield ("train.checkpointing=true",)
     if config.backbone.precision not in ("nf4", "int8"):
@@ -234,9 +237,10 @@ class _Stage:
         with Rehearsal() as rehearsal:
             noise = torch.empty_like(latents)
             for _ in range(passes):
-                if live:
-                    conditioning = conditioning | self._encoded(config.train.batch)
-                loss = losses(self.family, self.objective, denoiser, latents, conditioning, noise, times).mean()
+                with keeping_less(config.train):
+                    if live:
+                        conditioning = conditioning | self._encoded(config.train.batch)
+                    loss = losses(self.family, self.objective, denoiser, latents, conditioning, noise, times).mean()
                 loss.backward()
                 del loss
         return rehearsal.peak

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import Family
 from lora_diffusion.pipelines import Opened
+from lora_diffusion.recomputing import Recompute
 from lora_diffusion.training.batches import Batch, Batches, generator_for
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loss import MSE, Loss, loss_for
 from lora_diffusion.training.objective import Objective, losses, objective_for, towards, with_zero_snr
 from lora_diffusion.training.preparation import Prepared
+from lora_diffusion.training.sections import LoopConfig
 from lora_diffusion.training.trained import Trained
 
 HELDOUT_BANDS = 8  # fixed times at which each held-out picture is measured
@@ -79,9 +82,10 @@ class Judge:
     def _losses(self, batch: Batch, noise: Tensor, times: Tensor, loss: Loss = MSE) -> Tensor:
         latents, noise = batch.latents.to(**self.place), noise.to(**self.place)
         masks = None if batch.masks is None else batch.masks.to(self.place["device"])
-        conditioning = self._conditioning(batch.conditioning, batch.texts)
-        self._tell(times)
-        return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
+        with keeping_less(self.config.train):
+            conditioning = self._conditioning(batch.conditioning, batch.texts)
+            self._tell(times)
+            return losses(self.family, self.objective, self.denoiser, latents, conditioning, noise, times, masks, loss)
 
     def _from_the_base(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
         """How far the answer under the class's name is from the base's own."""
@@ -93,9 +97,10 @@ class Judge:
             conditioning = self._conditioning(batch.plain, batch.plain_texts)
             target = self.family.predict(self.denoiser, noisy, times.to(noisy.device), conditioning)
         self.trained.weigh(1.0)
-        heard = self._conditioning(batch.plain, batch.plain_texts)
-        self._tell(times)
-        return towards(target, self.family, self.denoiser, noisy, heard, times, self.loss).mean()
+        with keeping_less(self.config.train):
+            heard = self._conditioning(batch.plain, batch.plain_texts)
+            self._tell(times)
+            return towards(target, self.family, self.denoiser, noisy, heard, times, self.loss).mean()
 
     def _tell(self, times: Tensor) -> None:
         """Fading methods hear of the noise; before there is anything to train there is nobody to hear it."""
@@ -107,6 +112,11 @@ class Judge:
         """What was cached, and `texts` encoded now where text encoders are trained."""
         found = cached | (self.family.encode_prompts(self.pipe, list(texts)) if self.config.text.live else {})
         return {name: value.to(**self.place) for name, value in found.items()}
+
+
+def keeping_less(loop: LoopConfig) -> AbstractContextManager[object]:
+    """For a forward pass: `Recompute`, where it is asked for and neither checkpoints nor a compiler do the like."""
+    return Recompute() if loop.recompute and not (loop.checkpointing or loop.compile) else nullcontext()
 
 
 def mean(bands: list[float]) -> float:

@@ -48,7 +48,8 @@ from lora_diffusion.training.watching import Painter
 
 SHOWN_BATCHES = 8  # what a start from the data is taken from
 _FREE = frozenset(  # may change on resuming; of `init_from` the content is compared
-    {"train.checkpoint_every", "train.checkpointing", "output", "name", "data.skip_bad", "adapter.init_from"}
+    {"train.checkpoint_every", "train.checkpointing", "train.recompute", "output", "name", "data.skip_bad"}
+    | {"adapter.init_from"}
     | {f"watch.{name}" for name in WatchConfig.model_fields}
 )
 

@@ -275,6 +275,11 @@ class LoopConfig(Section):
     """The average as NAME.safetensors, or as NAME-ema.safetensors beside the last step's."""
     checkpointing: bool = False
     """Forget activations and compute them again in backward: a quarter to a third slower, far less memory."""
+    recompute: bool = False
+    """Compute LayerNorm, GEGLU and the like again in backward: the same bits, a few percent slower, less memory.
+
+    Does nothing beside `checkpointing` or `compile`.
+    """
     compile: bool = False
     """torch.compile of the denoiser: minutes once for each shape of pictures, faster from then on."""
     checkpoint_every: int = Field(200, ge=1)

@@ -15,6 +15,7 @@ from lora_diffusion.families.sd import SD
 from lora_diffusion.inspection.memory import CAPTION, Cost, encoding_with, plan_memory, ways_to_fit
 from lora_diffusion.pipelines import load_pipeline
 from lora_diffusion.quantize import weight_bytes
+from lora_diffusion.training.judging import keeping_less
 from lora_diffusion.training.loop import turn_on_checkpointing
 from lora_diffusion.training.objective import losses, objective_for
 from tests.cli.test_cli import run, toml
@@ -30,12 +31,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return TrainConfig.parse(made)
 
 
-@pytest.mark.parametrize(("checkpointing", "passes"), [(False, 1), (True, 1), (False, 2)])
-def test_the_planned_peak_is_the_measured_one_within_ten_percent(
-    given: TrainConfig, checkpointing: bool, passes: int
-) -> None:
-    changes = f"train.checkpointing={str(checkpointing).lower()}", f"train.accumulate={passes}"
-    planned = plan_memory(given.changed(*changes), gpu=False).this_run
+@pytest.mark.parametrize(
+    ("saving", "passes"), [("nothing", 1), ("train.checkpointing", 1), ("nothing", 2), ("train.recompute", 1)]
+)
+def test_the_planned_peak_is_the_measured_one_within_ten_percent(given: TrainConfig, saving: str, passes: int) -> None:
+    given = given.changed("train.recompute=false", f"train.accumulate={passes}")
+    given = given if saving == "nothing" else given.changed(f"{saving}=true")
+    planned = plan_memory(given, gpu=False).this_run
     opened = load_pipeline(given.base, precision="nf4", device="cpu")
     unet = opened.pipe.unet
     assert planned.weights == weight_bytes(unet)
@@ -44,18 +46,20 @@ def test_the_planned_peak_is_the_measured_one_within_ten_percent(
     assert planned.optimizer == 2 * planned.adapter == 2 * sum(p.nbytes for p in attachment.parameters())
     for slot in attachment.slots.values():
         slot.train()
-    if checkpointing:
+    if given.train.checkpointing:
         turn_on_checkpointing(unet)
-    measured = _allocated_by_a_step(unet, objective_for(SD, opened.pipe.scheduler), passes)
+    measured = _allocated_by_a_step(unet, objective_for(SD, opened.pipe.scheduler), passes, given)
     assert planned.gradients + planned.activations == pytest.approx(measured, rel=0.1)
 
 
-def _allocated_by_a_step(unet: torch.nn.Module, objective: object, passes: int) -> int:
+def _allocated_by_a_step(unet: torch.nn.Module, objective: object, passes: int, given: TrainConfig) -> int:
     latents, states = torch.randn(2, 4, 32, 32), torch.randn(2, 77, 32)
 
     def step() -> None:
         noise, times = torch.randn(2, 4, 32, 32), torch.tensor([10, 500])
-        losses(SD, objective, unet, latents, {"states": states}, noise, times).mean().backward()  # type: ignore[arg-type]
+        with keeping_less(given.train):
+            loss = losses(SD, objective, unet, latents, {"states": states}, noise, times).mean()  # type: ignore[arg-type]
+        loss.backward()
 
     return _allocated(step, unet, passes)
 
@@ -86,11 +90,11 @@ def test_full_training_holds_four_numbers_a_weight_and_the_adapter_a_fraction(gi
 
 
 def test_advice_is_given_in_order_and_only_where_it_is_needed(given: TrainConfig) -> None:
-    dense = given.changed("backbone.precision=bf16")
+    dense = given.changed("backbone.precision=bf16", "train.recompute=false")
     assert ways_to_fit(dense, 1e12, gpu=True) == []
     steps = ways_to_fit(dense, 1.0, gpu=True)
     named = [setting for setting, _ in steps]
-    assert named[0] == "train.checkpointing=true"
+    assert named[:2] == ["train.recompute=true", "train.checkpointing=true"]
     assert any(setting.startswith("train.batch=1 train.accumulate=2") for setting in named)
     peaks = [cost.peak for _, cost in steps]
     assert peaks == sorted(peaks, reverse=True)

@@ -13,7 +13,7 @@ from lora_diffusion import LoraDiffusionError, TrainConfig, load_adapter, save_a
 from lora_diffusion.training.checkpoints import check_settings
 from lora_diffusion.training.config import default_settings
 from lora_diffusion.training.results import Progress
-from tests.training.pictures import config, settings
+from tests.training.pictures import config, cut_off, settings
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +96,17 @@ def test_a_checkpoint_from_before_a_setting_goes_on(tmp_path: Path) -> None:
     now["train"]["optimizer"] = "adafactor"
     with pytest.raises(LoraDiffusionError, match=r"train\.optimizer: 'adamw' -> 'adafactor'"):
         check_settings({}, now, frozenset(), tmp_path, default_settings())
+
+
+@pytest.mark.parametrize("base", ["sd", "flux"])
+def test_what_is_made_again_in_backward_may_change_on_the_way_and_changes_no_byte(tmp_path: Path, base: str) -> None:
+    given = config(tmp_path, base, steps=4)
+    whole = train(given).adapter
+    halves = given.changed(f"output={tmp_path / 'halves'}", "train.recompute=false")
+    cut_off(halves, 3)
+    said: list[str] = []
+    second = train(halves.changed("train.recompute=true"), lambda step: said.append(step.said)).adapter
+    assert "goes on from step-000002; changed since: train.recompute: False -> True" in said
+    assert whole is not None
+    assert second is not None
+    assert load_adapter(second) == load_adapter(whole)
