@@ -208,3 +208,44 @@ def test_names_of_a_checkpoint_are_not_written_where_diffusers_names_stand(to: s
     qwen = Adapter("qwen", {"transformer": {"transformer_blocks.0.attn.to_q": pair}})
     written = save_adapter(qwen, tmp_path / "qwen.safetensors", format="comfy")
     assert run("convert", written, tmp_path / "out", "--to", to)[0] == 0
+
+
+def test_a_header_calls_tokens_by_their_name(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    keys = ("<cat>", "emb_params", "bundle_emb.dog.clip_l", "stray")
+    save_file({key: torch.ones(1, 768) for key in keys}, tmp_path / "a.safetensors")
+    found = json.loads(run("inspect", tmp_path / "a.safetensors", "--header", "--json")[1])
+    assert (found["tokens"], found["not an adapter's"]) == (["<cat>", "a", "dog"], ["stray"])
+
+
+def test_a_file_of_which_nothing_is_used_is_an_error_that_says_why(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 4)}, tmp_path / "a.safetensors")
+    code, said = run("inspect", tmp_path / "a.safetensors")
+    assert (code, "lora needs up beside it" in " ".join(said.split())) == (2, True)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+@pytest.mark.parametrize(
+    "layer", ["down_blocks.0.2.attention.attn.out_proj", "up_blocks.3.12.attention.attn.to_q", "layers.0.attention.qkv"]
+)
+def test_a_checkpoints_layer_is_known_whatever_number_its_block_has(layer: str, to: str, tmp_path: Path):
+    pair = random_adapters.low_rank(torch.nn.Linear(8, 6), 2, 1.0)
+    file = save_adapter(Adapter("a", {"transformer": {layer: pair}}), tmp_path / "a.safetensors", format="comfy")
+    with pytest.raises(TargetError, match="layer names of the checkpoint"):
+        run("convert", file, tmp_path / "out", "--to", to)
+
+
+def test_language_models_are_written_as_their_tools_know_them_without_a_base_too(tmp_path: Path):
+    from safetensors.torch import load_file
+
+    pair = random_adapters.low_rank(torch.nn.Linear(2304, 6), 2, 1.0)
+    layers = {
+        "text_encoder": {"model.layers.0.self_attn.q_proj": pair},
+        "transformer": {"layers.0.attention.qkv": pair},
+    }
+    file = save_adapter(Adapter("a", layers), tmp_path / "a.safetensors", format="comfy")
+    run("convert", file, tmp_path / "b.safetensors", "--to", "kohya")
+    assert "lora_te_layers_0_self_attn_q_proj.alpha" in load_file(tmp_path / "b.safetensors")

@@ -79,23 +79,24 @@ def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:
     guessed = family_for(adapter).name
     family = _NAMED_LIKE.get(guessed, guessed)
     if not len(adapter) or (base is None and family not in PUBLISHED):
-        if to in _IN_DIFFUSERS_NAMES and adapter.spelling not in _IN_DIFFUSERS_NAMES:
-            _refuse_names_of_checkpoint(adapter, to)
-        return adapter
+        return _under_its_own_names(adapter, to)
     models = skeleton(family) if base is None else skeleton_of(base)
     try:
         return named_for(adapter, to, models)
     except AdapterMismatchError:
         if base is None and family != guessed:  # neither of them: its own names will do, if `to` can say them
-            return adapter
+            return _under_its_own_names(adapter, to)
         raise
 
 
-def _refuse_names_of_checkpoint(adapter: Adapter, to: str) -> None:
+def _under_its_own_names(adapter: Adapter, to: str) -> Adapter:
     from lora_diffusion.families.names import is_of_checkpoint
+    from lora_diffusion.families.original import with_encoders
 
-    if found := [name for _, name, _ in adapter if is_of_checkpoint(name)]:
+    foreign = to in _IN_DIFFUSERS_NAMES and adapter.spelling not in _IN_DIFFUSERS_NAMES
+    if found := [name for _, name, _ in adapter if foreign and is_of_checkpoint(name)]:
         raise TargetError(
             f"--to {to}: {some(found)} are layer names of the checkpoint, which Diffusers' model calls otherwise; "
             "name a pipeline folder (--base)"
         )
+    return with_encoders(adapter, to)
