@@ -16,14 +16,16 @@ from typer.testing import CliRunner
 from lora_diffusion import Adapter, AdapterFileError, load_adapter, save_adapter
 from lora_diffusion.cli.convert import convert
 from lora_diffusion.cli.inspect import inspect
+from lora_diffusion.cli.merge import merge
+from lora_diffusion.cli.resize import resize
 from lora_diffusion.errors import TargetError
 from lora_diffusion.methods import METHODS, new_method
 from tests import tiny
 from tests.formats import random_adapters
 
 app = typer.Typer()
-app.command()(inspect)
-app.command()(convert)
+for command in (inspect, convert, merge, resize):
+    app.command()(command)
 
 
 @pytest.fixture
@@ -249,3 +251,36 @@ def test_language_models_are_written_as_their_tools_know_them_without_a_base_too
     file = save_adapter(Adapter("a", layers), tmp_path / "a.safetensors", format="comfy")
     run("convert", file, tmp_path / "b.safetensors", "--to", "kohya")
     assert "lora_te_layers_0_self_attn_q_proj.alpha" in load_file(tmp_path / "b.safetensors")
+
+
+NAMES = {
+    "sd": ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (1024, 320)),
+    "flux": ("transformer", "transformer_blocks.0.attn.to_q", (3072, 3072)),
+}
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfy"])
+@pytest.mark.parametrize("family", NAMES)
+def test_a_layer_of_two_names_is_merged_into_one(family: str, format: str, tmp_path: Path):
+    component, name, widths = NAMES[family]
+    layers = {name: random_adapters.low_rank(torch.nn.Linear(*widths), 2, 1.0)}
+    if family == "flux":
+        layers["single_transformer_blocks.0.proj_out"] = random_adapters.low_rank(torch.nn.Linear(15360, 3072), 1, 1.0)
+    one = save_adapter(Adapter("a", {component: layers}), tmp_path / "one.safetensors", format="diffusers")
+    two, both, read = (tmp_path / f"{part}.safetensors" for part in ("two", "both", "read"))
+    run("convert", one, two, "--to", "comfy")
+    assert run("merge", one, f"{two}:0.5", "--format", format, "-o", both)[0] == 0
+    run("convert", both, read, "--to", "diffusers")
+    merged = load_adapter(read).layers[component]
+    assert merged.keys() >= layers.keys()
+    for layer, share in merged.items():  # parts of a fused layer that nothing changes are zero
+        found, expected = random_adapters.delta(share), random_adapters.delta(layers.get(layer, share))
+        torch.testing.assert_close(found, 1.5 * expected if layer in layers else 0 * expected)
+
+
+def test_a_resized_adapter_is_written_in_any_spelling(tmp_path: Path):
+    _, name, widths = NAMES["sd"]
+    layers = {name.replace(".", "_"): random_adapters.low_rank(torch.nn.Linear(*widths), 2, 1.0)}
+    file = save_adapter(Adapter("a", {"unet": layers}), tmp_path / "a.safetensors", format="kohya")
+    assert run("resize", file, "--rank", "1", "-o", tmp_path / "b.safetensors")[0] == 0
+    assert load_adapter(tmp_path / "b.safetensors").layers["unet"].keys() == {name}
