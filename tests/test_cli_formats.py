@@ -16,14 +16,16 @@ from typer.testing import CliRunner
 from lora_diffusion import Adapter, AdapterFileError, load_adapter, save_adapter
 from lora_diffusion.cli.convert import convert
 from lora_diffusion.cli.inspect import inspect
+from lora_diffusion.cli.merge import merge
+from lora_diffusion.cli.resize import resize
 from lora_diffusion.errors import TargetError
 from lora_diffusion.methods import METHODS, new_method
 from tests import tiny
 from tests.formats import random_adapters
 
 app = typer.Typer()
-app.command()(inspect)
-app.command()(convert)
+for command in (inspect, convert, merge, resize):
+    app.command()(command)
 
 
 @pytest.fixture
@@ -208,3 +210,77 @@ def test_names_of_a_checkpoint_are_not_written_where_diffusers_names_stand(to: s
     qwen = Adapter("qwen", {"transformer": {"transformer_blocks.0.attn.to_q": pair}})
     written = save_adapter(qwen, tmp_path / "qwen.safetensors", format="comfy")
     assert run("convert", written, tmp_path / "out", "--to", to)[0] == 0
+
+
+def test_a_header_calls_tokens_by_their_name(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    keys = ("<cat>", "emb_params", "bundle_emb.dog.clip_l", "stray")
+    save_file({key: torch.ones(1, 768) for key in keys}, tmp_path / "a.safetensors")
+    found = json.loads(run("inspect", tmp_path / "a.safetensors", "--header", "--json")[1])
+    assert (found["tokens"], found["not an adapter's"]) == (["<cat>", "a", "dog"], ["stray"])
+
+
+def test_a_file_of_which_nothing_is_used_is_an_error_that_says_why(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 4)}, tmp_path / "a.safetensors")
+    code, said = run("inspect", tmp_path / "a.safetensors")
+    assert (code, "lora needs up beside it" in " ".join(said.split())) == (2, True)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+@pytest.mark.parametrize(
+    "layer", ["down_blocks.0.2.attention.attn.out_proj", "up_blocks.3.12.attention.attn.to_q", "layers.0.attention.qkv"]
+)
+def test_a_checkpoints_layer_is_known_whatever_number_its_block_has(layer: str, to: str, tmp_path: Path):
+    pair = random_adapters.low_rank(torch.nn.Linear(8, 6), 2, 1.0)
+    file = save_adapter(Adapter("a", {"transformer": {layer: pair}}), tmp_path / "a.safetensors", format="comfy")
+    with pytest.raises(TargetError, match="layer names of the checkpoint"):
+        run("convert", file, tmp_path / "out", "--to", to)
+
+
+def test_language_models_are_written_as_their_tools_know_them_without_a_base_too(tmp_path: Path):
+    from safetensors.torch import load_file
+
+    pair = random_adapters.low_rank(torch.nn.Linear(2304, 6), 2, 1.0)
+    layers = {
+        "text_encoder": {"model.layers.0.self_attn.q_proj": pair},
+        "transformer": {"layers.0.attention.qkv": pair},
+    }
+    file = save_adapter(Adapter("a", layers), tmp_path / "a.safetensors", format="comfy")
+    run("convert", file, tmp_path / "b.safetensors", "--to", "kohya")
+    assert "lora_te_layers_0_self_attn_q_proj.alpha" in load_file(tmp_path / "b.safetensors")
+
+
+NAMES = {
+    "sd": ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (1024, 320)),
+    "flux": ("transformer", "transformer_blocks.0.attn.to_q", (3072, 3072)),
+}
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfy"])
+@pytest.mark.parametrize("family", NAMES)
+def test_a_layer_of_two_names_is_merged_into_one(family: str, format: str, tmp_path: Path):
+    component, name, widths = NAMES[family]
+    layers = {name: random_adapters.low_rank(torch.nn.Linear(*widths), 2, 1.0)}
+    if family == "flux":
+        layers["single_transformer_blocks.0.proj_out"] = random_adapters.low_rank(torch.nn.Linear(15360, 3072), 1, 1.0)
+    one = save_adapter(Adapter("a", {component: layers}), tmp_path / "one.safetensors", format="diffusers")
+    two, both, read = (tmp_path / f"{part}.safetensors" for part in ("two", "both", "read"))
+    run("convert", one, two, "--to", "comfy")
+    assert run("merge", one, f"{two}:0.5", "--format", format, "-o", both)[0] == 0
+    run("convert", both, read, "--to", "diffusers")
+    merged = load_adapter(read).layers[component]
+    assert merged.keys() >= layers.keys()
+    for layer, share in merged.items():  # parts of a fused layer that nothing changes are zero
+        found, expected = random_adapters.delta(share), random_adapters.delta(layers.get(layer, share))
+        torch.testing.assert_close(found, 1.5 * expected if layer in layers else 0 * expected)
+
+
+def test_a_resized_adapter_is_written_in_any_spelling(tmp_path: Path):
+    _, name, widths = NAMES["sd"]
+    layers = {name.replace(".", "_"): random_adapters.low_rank(torch.nn.Linear(*widths), 2, 1.0)}
+    file = save_adapter(Adapter("a", {"unet": layers}), tmp_path / "a.safetensors", format="kohya")
+    assert run("resize", file, "--rank", "1", "-o", tmp_path / "b.safetensors")[0] == 0
+    assert load_adapter(tmp_path / "b.safetensors").layers["unet"].keys() == {name}

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lora_diffusion.errors import AdapterMismatchError, TargetError, did_you_mean, printable, some
-
-if TYPE_CHECKING:
-    from lora_diffusion.adapter import Adapter
-
-#: spellings whose layers Diffusers' models name
-_IN_DIFFUSERS_NAMES = ("diffusers", "peft")
-#: families that cannot be told apart -> one that has all their layers' names
-_NAMED_LIKE = {"Stable Diffusion 1.x or 2.x": "Stable Diffusion 2.x"}
+from lora_diffusion.errors import TargetError, did_you_mean, printable, some
 
 
 def convert(
@@ -36,6 +28,7 @@ def convert(
 
     Example: `lora-diffusion convert style.pt style.safetensors --to kohya`
     """
+    from lora_diffusion.cli.naming import named_as
     from lora_diffusion.formats import FORMATS
     from lora_diffusion.formats.files import PICKLES, load_adapter, save_adapter
     from lora_diffusion.formats.legacy import load_legacy
@@ -48,7 +41,7 @@ def convert(
         )
     legacy = source.suffix.lower() in PICKLES
     adapter = load_legacy(source, strict=strict) if legacy else load_adapter(source, strict=strict)
-    adapter = _named_for(adapter, to, base)
+    adapter = named_as(adapter, to, base)
     if to == "peft":
         written = save_peft_folder(adapter, target, overwrite=overwrite) / MODEL
     else:
@@ -68,34 +61,3 @@ def convert(
     print(f"{said['read as']} -> {to}: {len(adapter):,} layers, {said['bytes']:,} bytes in {target}")
     for key, why in adapter.unused.items():
         print(printable(f"not used: {key}: {why}"))
-
-
-def _named_for(adapter: Adapter, to: str, base: str | None) -> Adapter:
-    """The adapter under the layer names that `to` asks for, as far as its family or `base` gives them."""
-    from lora_diffusion.families.original import named_for
-    from lora_diffusion.families.skeletons import PUBLISHED, skeleton, skeleton_of
-    from lora_diffusion.formats.provenance import family_for
-
-    guessed = family_for(adapter).name
-    family = _NAMED_LIKE.get(guessed, guessed)
-    if not len(adapter) or (base is None and family not in PUBLISHED):
-        if to in _IN_DIFFUSERS_NAMES and adapter.spelling not in _IN_DIFFUSERS_NAMES:
-            _refuse_names_of_checkpoint(adapter, to)
-        return adapter
-    models = skeleton(family) if base is None else skeleton_of(base)
-    try:
-        return named_for(adapter, to, models)
-    except AdapterMismatchError:
-        if base is None and family != guessed:  # neither of them: its own names will do, if `to` can say them
-            return adapter
-        raise
-
-
-def _refuse_names_of_checkpoint(adapter: Adapter, to: str) -> None:
-    from lora_diffusion.families.names import is_of_checkpoint
-
-    if found := [name for _, name, _ in adapter if is_of_checkpoint(name)]:
-        raise TargetError(
-            f"--to {to}: {some(found)} are layer names of the checkpoint, which Diffusers' model calls otherwise; "
-            "name a pipeline folder (--base)"
-        )

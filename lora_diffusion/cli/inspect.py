@@ -128,12 +128,13 @@ def _header(file: Path, as_json: bool) -> tuple[dict[str, Any], bool]:
     """Without torch: what the names and the metadata say."""
     from lora_diffusion.formats.container import read_header
     from lora_diffusion.formats.identity import settings_of, tool_of, trigger_words
-    from lora_diffusion.formats.keys import split
+    from lora_diffusion.formats.keys import split, token_of
 
     header = read_header(file)
     if not header.entries:
         raise AdapterFileError(f"{file.name}: the file holds no tensors")
-    names = {key: split(key) for key in header.entries}
+    tokens = {key: found for key in header.entries if (found := token_of(key))}
+    names = {key: split(key) for key in header.entries if key not in tokens}
     layers = {(name.component, name.layer) for name in names.values() if name}
     found = {
         "tensors": len(header.entries),
@@ -141,6 +142,7 @@ def _header(file: Path, as_json: bool) -> tuple[dict[str, Any], bool]:
         "dtypes": sorted({entry.dtype for entry in header.entries.values()}),
         "layers": {component: sum(c == component for c, _ in layers) for component in sorted({c for c, _ in layers})},
         "methods": sorted({name.method for name in names.values() if name and name.method != "*"}),
+        "tokens": sorted({token or file.stem for token, _ in tokens.values()}),
         "not an adapter's": [key for key, name in names.items() if not name][:20],
         "tool": tool_of(header.metadata),
         "trigger words": trigger_words(header.metadata),

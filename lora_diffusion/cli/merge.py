@@ -28,11 +28,13 @@ def merge(
     weighted = [parse_adapter(text) for text in adapters]
     refuse_existing(out, overwrite)
 
+    from lora_diffusion.cli.naming import named_alike, named_as
     from lora_diffusion.cli.progress import bar, say, saying_warnings
     from lora_diffusion.formats.files import load_adapter, save_adapter
     from lora_diffusion.merging import merge as merge_adapters
 
     loaded = [load_adapter(path) for path, _ in weighted]
+    loaded = loaded if base else named_alike(loaded)
     with bar() as progress, saying_warnings():
         task = progress.add_task("merging", total=None, note="")
         merged = merge_adapters(
@@ -46,5 +48,6 @@ def merge(
             name=out.stem,
             listen=lambda done, of: progress.update(task, completed=done, total=of),
         )
-    save_adapter(merged.adapter, out, format=format, overwrite=overwrite)
-    say(f"{out}: {merged.adapter!r}, {merged.kept:.2%} of the energy kept")
+    named = merged.adapter if base else named_as(merged.adapter, format, None)
+    save_adapter(named, out, format=format, overwrite=overwrite)
+    say(f"{out}: {named!r}, {merged.kept:.2%} of the energy kept")

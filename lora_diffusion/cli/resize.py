@@ -30,6 +30,7 @@ def resize(
     path, _ = parse_adapter(adapter)
     refuse_existing(out, overwrite)
 
+    from lora_diffusion.cli.naming import named_as
     from lora_diffusion.cli.progress import bar, say, saying_warnings
     from lora_diffusion.errors import ConfigError
     from lora_diffusion.formats.files import load_adapter, save_adapter
@@ -49,7 +50,8 @@ def resize(
             smaller = cut(whole, rank, listen=listen)
         else:
             smaller = resize_adapter(whole, rank=rank, energy=energy, frobenius=frobenius, base=base, listen=listen)
-    save_adapter(smaller.adapter, out, format=format, overwrite=overwrite)
+    named = smaller.adapter if base else named_as(smaller.adapter, format, None)
+    save_adapter(named, out, format=format, overwrite=overwrite)
     ranks = sorted(smaller.ranks.values())
     found = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
     say(f"{out}: {found}, {smaller.kept:.2%} of the energy kept")

@@ -62,25 +62,30 @@ def named_for(adapter: Adapter, spelling: str, models: Mapping[str, nn.Module]) 
         return dotted(adapter, models)
     plain = spelling == "kohya" and not any(map(_has_own_names, there))
     named = dotted(adapter, models) if plain else original(adapter, models)
-    return replace(named, layers=_with_encoders(named.layers, spelling))
+    return with_encoders(named, spelling)
 
 
-def _with_encoders(layers: Mapping[str, dict[str, LayerAdapter]], spelling: str) -> dict[str, dict[str, LayerAdapter]]:
-    """Language models below the one level that ComfyUI has above their layers, and sd-scripts has not; in ComfyUI's
+def with_encoders(adapter: Adapter, spelling: str) -> Adapter:
+    """The adapter with its text encoders as the tools of `spelling`, "kohya" or "comfy", know them; others as it is.
+
+    Language models below the one level that ComfyUI has above their layers, and sd-scripts has not; in ComfyUI's
     files the T5 that is a pipeline's only text encoder under the number that T5 has there: beside FLUX's layers the
-    second, else the third."""
+    second, else the third.
+    """
+    if spelling not in ("kohya", "comfy"):
+        return adapter
     level = "model." if spelling == "comfy" else ""
     found = {
         component: {_TOWER.sub(level, name): layer for name, layer in of.items()}
         if component.startswith("text_encoder")
         else of
-        for component, of in layers.items()
+        for component, of in adapter.layers.items()
     }
     only = found.keys() & {"text_encoder", "text_encoder_2", "text_encoder_3"} == {"text_encoder"}
     if spelling == "comfy" and only and all(name.startswith("encoder.block.") for name in found["text_encoder"]):
         like_flux = any(name.startswith(("double_blocks.", "single_blocks.")) for name in found.get("transformer", ()))
         found["text_encoder_2" if like_flux else "text_encoder_3"] = found.pop("text_encoder")
-    return found
+    return replace(adapter, layers=found)
 
 
 def _has_own_names(model: nn.Module) -> bool:

@@ -6,12 +6,12 @@
                                                    here, what the metadata call it
 {"text_encoders_0": …, "text_encoders_1": …}       cog-sdxl's .pti
 bundle_emb.<token>.clip_l                          OneTrainer, Civitai: inside an adapter's file
+bundle_emb.<token>.string_to_param.*               A1111's own embeddings, bundled with an adapter
 <s1>                                               cloneofsimo/lora: inside an adapter's file
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
 from torch import Tensor
@@ -19,25 +19,11 @@ from torch import Tensor
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed
-
-#: stands for a token that the file does not name; the file's own name takes its place
-UNNAMED = ""
+from lora_diffusion.formats.keys import TOKEN_ENCODERS, UNNAMED, is_bracketed, token_of
 
 #: metadata key: what the token is called in a file that does not name it
 TOKEN = "lora_diffusion.token"
 
-ENCODERS: dict[str, str] = {
-    "emb_params": "text_encoder",
-    "clip_l": "text_encoder",
-    "text_encoders_0": "text_encoder",
-    "clip_g": "text_encoder_2",
-    "text_encoders_1": "text_encoder_2",
-    "t5": "text_encoder_3",
-    "t5xxl": "text_encoder_3",
-    "llama": "text_encoder_4",
-}
-_BUNDLED = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<encoder>[a-z0-9_]+)", re.DOTALL)
-_TOKEN = re.compile(r"<[^<>]{1,200}>")
 _SHORT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5", "text_encoder_4": "llama"}
 _MAX_WIDTH = 16_384
 
@@ -49,19 +35,19 @@ def take_embeddings(
     embeddings: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        found = _token(key)
+        found = token_of(key)
         if not found:
             rest[key] = tensor
             continue
         token, encoder = found
         if encoder.endswith("_out"):
             unused[key] = "vectors behind the text encoder have no place in a Diffusers pipeline"
-        elif encoder not in ENCODERS or not _are_vectors(tensor):
+        elif encoder not in TOKEN_ENCODERS or not _are_vectors(tensor):
             unused[key] = f"shape {tuple(tensor.shape)} under {encoder!r} is no token's vectors"
-        elif ENCODERS[encoder] in embeddings.setdefault(token, {}):
-            unused[key] = f"another tensor is {token or 'the token'!r} of {ENCODERS[encoder]} already"
+        elif TOKEN_ENCODERS[encoder] in embeddings.setdefault(token, {}):
+            unused[key] = f"another tensor is {token or 'the token'!r} of {TOKEN_ENCODERS[encoder]} already"
         else:
-            embeddings[token][ENCODERS[encoder]] = tensor if tensor.ndim == 2 else tensor[None]
+            embeddings[token][TOKEN_ENCODERS[encoder]] = tensor if tensor.ndim == 2 else tensor[None]
     return {token: vectors for token, vectors in embeddings.items() if vectors}, rest
 
 
@@ -85,7 +71,7 @@ class Embedding:
 
     def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether every tensor is a token's."""
-        return bool(keys) and all(_token(key) for key in keys)
+        return bool(keys) and all(token_of(key) for key in keys)
 
     def load(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Parsed:
         """Embeddings alone. A token that only the file's name tells is `UNNAMED`."""
@@ -102,7 +88,7 @@ class Embedding:
         if len(adapter) or not adapter.embeddings:
             raise AdapterFileError(f"{who}: an embedding file holds tokens alone; it has {len(adapter)} layers")
         plain = all(vectors.keys() == {"text_encoder"} for vectors in adapter.embeddings.values())
-        if plain and all(_TOKEN.fullmatch(token) for token in adapter.embeddings):
+        if plain and all(map(is_bracketed, adapter.embeddings)):
             return {token: vectors["text_encoder"] for token, vectors in adapter.embeddings.items()}, adapter.metadata
         tensors = bundled(adapter.embeddings, who)
         if len(adapter.embeddings) > 1:
@@ -113,15 +99,6 @@ class Embedding:
 
 
 EMBEDDING = Embedding()
-
-
-def _token(key: str) -> tuple[str, str] | None:
-    found = _BUNDLED.fullmatch(key)
-    if found:
-        return found["token"], found["encoder"]
-    if key.removesuffix("_out") in ENCODERS:
-        return UNNAMED, key
-    return (key, "emb_params") if _TOKEN.fullmatch(key) else None
 
 
 def _are_vectors(tensor: Tensor) -> bool:

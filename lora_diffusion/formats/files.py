@@ -15,8 +15,7 @@ from torch import Tensor
 from lora_diffusion.adapter import Adapter, is_finite, not_finite_layers
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import FORMATS, Format, Parsed, container
-from lora_diffusion.formats.embeddings import UNNAMED
-from lora_diffusion.formats.keys import refused
+from lora_diffusion.formats.keys import UNNAMED, refused
 from lora_diffusion.formats.peft_config import SIDECAR_KEY
 from lora_diffusion.formats.provenance import hashes, metadata_for
 
@@ -144,11 +143,12 @@ def _recognise(keys: Collection[str], metadata: Mapping[str, str], path: Path) -
 
 def _check(adapter: Adapter, path: Path, strict: bool) -> None:
     unused = adapter.unused
+    empty = not len(adapter) and not adapter.embeddings
+    if not empty and not (strict and unused):
+        return
+    key, why = next(iter(unused.items()), ("", "it holds nothing"))
+    others = f", and {len(unused) - 1:,} more tensors likewise" if len(unused) > 1 else ""
+    fault = f"{key[:200]!r} cannot be used: {why}{others}"
     if strict and unused:
-        key, why = next(iter(unused.items()))
-        others = f", and {len(unused) - 1:,} more tensors likewise" if len(unused) > 1 else ""
-        raise AdapterFileError(
-            f"{path.name}: {key[:200]!r} cannot be used: {why}{others} (strict=False loads the rest)"
-        )
-    if not len(adapter) and not adapter.embeddings:
-        raise AdapterFileError(f"{path.name}: nothing in it could be used ({some(unused)[:300]})")
+        raise AdapterFileError(f"{path.name}: {fault} (strict=False loads the rest)")
+    raise AdapterFileError(f"{path.name}: nothing in it could be used: {fault}")

@@ -47,6 +47,9 @@ _CONTEXT = {
 }
 _TEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
+#: layers (flattened) of language models and T5
+_NO_CLIP = re.compile(r"(model_|language_model_)*layers_\d+_|encoder_block_")
+
 #: names (flattened) that only one family has -> its name; tried in this order
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"(img|txt)_attn_qkv$.*", "FLUX.1"),
@@ -74,9 +77,18 @@ def family_of(layers: Iterable[Named]) -> Family:
         return _unet([layer for layer in flat if layer[0] == "unet"], components)
     if "transformer" in components:
         return _transformer([(name, width) for component, name, width in flat if component == "transformer"])
-    widths = {width for component, _, width in flat if component == "text_encoder"}
-    if "text_encoder_2" in components:
-        return _family("Stable Diffusion XL", "it has a second text encoder")
+    return _texts(flat, components)
+
+
+def _texts(layers: list[Named], components: set[str]) -> Family:
+    """Text encoders alone: CLIP tells, whatever else may stand beside language models and T5."""
+    others = {component for component, name, _ in layers if _NO_CLIP.match(name)}
+    if "text_encoder_2" in components - others:
+        third = "text_encoder_3" in components
+        return _family("Stable Diffusion 3" if third else "Stable Diffusion XL", "of the number of its text encoders")
+    if components != {"text_encoder"} or others:
+        return UNKNOWN
+    widths = {width for *_, width in layers}
     return next((_family(_TEXT[w], f"its text encoder is {w} wide") for w in sorted(widths & _TEXT.keys())), UNKNOWN)
 
 

@@ -148,6 +148,22 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 _OLD = re.compile(r"_lora[._\d]|\.(?:lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)")  # what a rewrite may touch
 _NUMBER = re.compile(r"_\d+_")
 _TOWER = re.compile(r"(?:model_|language_model_)*layers_\d+_")
+#: stands for a token that the file does not name; the file's own name takes its place
+UNNAMED = ""
+#: what tools call the text encoder of a token's vectors -> component
+TOKEN_ENCODERS: dict[str, str] = {
+    "emb_params": "text_encoder",
+    "string_to_param.*": "text_encoder",
+    "clip_l": "text_encoder",
+    "text_encoders_0": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "text_encoders_1": "text_encoder_2",
+    "t5": "text_encoder_3",
+    "t5xxl": "text_encoder_3",
+    "llama": "text_encoder_4",
+}
+_BUNDLED = re.compile(r"bundle_emb\.(?P<token>.+?)\.(?P<encoder>string_to_param\.\*|[a-z0-9_]+)", re.DOTALL)
+_TOKEN = re.compile(r"<[^<>]{1,200}>")
 _BARE_TEXT_ENCODER = ("text_model.encoder.", "text_model_encoder_")
 _UNET_BLOCKS = ("down_blocks_", "up_blocks_", "mid_block_", "input_blocks_", "output_blocks_", "middle_block_")
 
@@ -173,6 +189,20 @@ def split(key: str) -> Key | None:
             component, layer = _component(".".join(words[:-count]))
             return Key(component, layer, *found) if layer else None
     return None
+
+
+def token_of(key: str) -> tuple[str, str] | None:
+    """The token whose vectors a tensor of that name is, and what it calls the text encoder; None for other tensors."""
+    if found := _BUNDLED.fullmatch(key):
+        return found["token"], found["encoder"]
+    if key.removesuffix("_out") in TOKEN_ENCODERS:
+        return UNNAMED, key
+    return (key, "emb_params") if is_bracketed(key) else None
+
+
+def is_bracketed(token: str) -> bool:
+    """Whether a token is spelled as Diffusers' files name theirs: `<cat>`."""
+    return _TOKEN.fullmatch(token) is not None
 
 
 def refused(key: str) -> str | None:

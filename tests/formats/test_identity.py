@@ -67,3 +67,31 @@ def test_one_rank_and_one_alpha_are_said(tmp_path: Path):
     path = save_adapter(Adapter("x", {"unet": {"mid_block.a": layer}}), tmp_path / "a.safetensors")
     said = load_adapter(path).metadata
     assert (said["ss_network_dim"], said["ss_network_alpha"], said["modelspec.title"]) == ("4", "2.5", "x")
+
+
+CLIP, T5, QWEN = (
+    "text_model.encoder.layers.0.mlp.fc1",
+    "encoder.block.0.layer.0.SelfAttention.q",
+    "layers.0.mlp.up_proj",
+)
+
+
+@pytest.mark.parametrize(
+    ("layers", "family"),
+    [
+        ([("text_encoder", CLIP, 768)], "Stable Diffusion 1.x"),
+        ([("text_encoder", QWEN, 1024)], "unknown"),
+        ([("text_encoder", f"model.{QWEN}", 1024)], "unknown"),
+        ([("text_encoder_2", CLIP.replace(".", "_"), 1280)], "Stable Diffusion XL"),
+        ([("text_encoder", CLIP, 768), ("text_encoder_2", CLIP, 1280)], "Stable Diffusion XL"),
+        ([("text_encoder_2", T5, 1472)], "unknown"),
+        ([("text_encoder", CLIP, 768), ("text_encoder_2", T5, 4096)], "unknown"),
+        ([("text_encoder", CLIP, 768), ("text_encoder_3", T5, 4096)], "unknown"),
+        (
+            [("text_encoder", CLIP, 768), ("text_encoder_2", CLIP, 1280), ("text_encoder_3", T5, 4096)],
+            "Stable Diffusion 3",
+        ),
+    ],
+)
+def test_text_encoders_alone_are_of_a_family_where_clip_tells_it(layers: list[tuple[str, str, int]], family: str):
+    assert family_of(layers).name == family

@@ -182,3 +182,10 @@ def test_a_factor_that_stands_there_whole_and_in_parts_is_reported(there: tuple[
     parsed = KOHYA.load(tensors, {})
     assert set(parsed.unused) == set(tensors)
     assert all("one would do nothing" in why for why in parsed.unused.values())
+
+
+def test_embeddings_of_a1111_bundled_with_an_adapter_are_tokens():
+    bundled = {f"{PATH}.{suffix}": tensor for suffix, tensor in PLAIN.items()}
+    vectors = torch.randn(2, 768)
+    parsed = KOHYA.load(bundled | {"bundle_emb.my.cat.string_to_param.*": vectors}, {})
+    assert (parsed.embeddings, parsed.unused) == ({"my.cat": {"text_encoder": vectors}}, {})

@@ -47,7 +47,8 @@ def places(model_class: str, live: Collection[str]) -> dict[str, Place]:
 
 def is_of_checkpoint(layer: str) -> bool:
     """Whether a layer in a numbered block has a name (dotted) that a checkpoint has and no Diffusers model."""
-    return "{}" in (pattern := _BLOCK.sub("{}", layer, count=1)) and pattern in _numbered()
+    numbers = _BLOCK.finditer(layer)
+    return any(f"{layer[: at.start()]}{{}}{layer[at.end() :]}" in _numbered() for at in numbers)
 
 
 @cache

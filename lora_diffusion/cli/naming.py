@@ -1,0 +1,74 @@
+"""What layers are called: as the spelling asks that is written, and alike before adapters are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lora_diffusion.adapter import Adapter, same_layer
+from lora_diffusion.errors import AdapterMismatchError, TargetError, some
+from lora_diffusion.families.names import is_of_checkpoint
+from lora_diffusion.families.original import dotted, named_for, with_encoders
+from lora_diffusion.families.skeletons import PUBLISHED, skeleton, skeleton_of
+from lora_diffusion.formats.identity import UNKNOWN
+from lora_diffusion.formats.provenance import family_for
+
+#: spellings whose layers Diffusers' models name
+_IN_DIFFUSERS_NAMES = ("diffusers", "peft")
+#: families that cannot be told apart -> one that has all their layers' names
+_NAMED_LIKE = {"Stable Diffusion 1.x or 2.x": "Stable Diffusion 2.x"}
+
+
+def named_as(adapter: Adapter, to: str, base: str | None) -> Adapter:
+    """The adapter under the names that `to` asks for, as far as its family or `base`, a pipeline folder, has them.
+
+    TargetError for the checkpoint's names where none gives Diffusers' and `to` has those alone.
+    """
+    guessed = family_for(adapter).name
+    family = _NAMED_LIKE.get(guessed, guessed)
+    if not len(adapter) or (base is None and family not in PUBLISHED):
+        return _under_its_own_names(adapter, to)
+    models = skeleton(family) if base is None else skeleton_of(base)
+    try:
+        return named_for(adapter, to, models)
+    except AdapterMismatchError:
+        if base is None and family != guessed:  # neither of them: its own names will do, if `to` can say them
+            return _under_its_own_names(adapter, to)
+        raise
+
+
+def named_alike(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Adapters of one family known by heart, under Diffusers' names where only some of them have those.
+
+    Else one layer would stand twice in their merge. Adapters of other families and of more than one are left as they
+    are.
+    """
+    families = {family_for(adapter).name for adapter in adapters if len(adapter)} - {UNKNOWN.name}
+    known = {_NAMED_LIKE.get(family, family) for family in families}
+    if len(known) > 1:
+        known -= {_NAMED_LIKE[family] for family in families & _NAMED_LIKE.keys()}
+    if len(adapters) < 2 or len(known) != 1 or not known <= PUBLISHED.keys():
+        return list(adapters)
+    models = skeleton(known.pop())
+    if len({_has_live_names(adapter, models) for adapter in adapters if len(adapter)}) == 1:
+        return list(adapters)
+    try:
+        return [dotted(adapter, models) for adapter in adapters]
+    except AdapterMismatchError:  # one of them is of another family after all
+        return list(adapters)
+
+
+def _has_live_names(adapter: Adapter, models: Mapping[str, nn.Module]) -> bool:
+    live = {c: {same_layer(name) for name, _ in model.named_modules()} for c, model in models.items()}
+    return all(same_layer(name) in live.get(component, ()) for component, name, _ in adapter)
+
+
+def _under_its_own_names(adapter: Adapter, to: str) -> Adapter:
+    foreign = to in _IN_DIFFUSERS_NAMES and adapter.spelling not in _IN_DIFFUSERS_NAMES
+    if found := [name for _, name, _ in adapter if foreign and is_of_checkpoint(name)]:
+        raise TargetError(
+            f"{to}: {some(found)} are layer names of the checkpoint, which Diffusers' model calls otherwise; "
+            "name a pipeline folder (--base)"
+        )
+    return with_encoders(adapter, to)
