@@ -236,8 +236,10 @@ def test_a_file_of_which_nothing_is_used_is_an_error_that_says_why(tmp_path: Pat
 def test_a_checkpoints_layer_is_known_whatever_number_its_block_has(layer: str, to: str, tmp_path: Path):
     pair = random_adapters.low_rank(torch.nn.Linear(8, 6), 2, 1.0)
     file = save_adapter(Adapter("a", {"transformer": {layer: pair}}), tmp_path / "a.safetensors", format="comfy")
-    with pytest.raises(TargetError, match="layer names of the checkpoint"):
-        run("convert", file, tmp_path / "out", "--to", to)
+    same = save_adapter(Adapter("b", {"transformer": {layer: pair}}), tmp_path / "b.safetensors", format="diffusers")
+    for source in (file, *([same] if to == "peft" else [])):
+        with pytest.raises(TargetError, match="layer names of the checkpoint"):
+            run("convert", source, tmp_path / "out", "--to", to)
 
 
 def test_language_models_are_written_as_their_tools_know_them_without_a_base_too(tmp_path: Path):

@@ -65,7 +65,7 @@ def _has_live_names(adapter: Adapter, models: Mapping[str, nn.Module]) -> bool:
 
 
 def _under_its_own_names(adapter: Adapter, to: str) -> Adapter:
-    foreign = to in _IN_DIFFUSERS_NAMES and adapter.spelling not in _IN_DIFFUSERS_NAMES
+    foreign = to in _IN_DIFFUSERS_NAMES and adapter.spelling != to
     if found := [name for _, name, _ in adapter if foreign and is_of_checkpoint(name)]:
         raise TargetError(
             f"{to}: {some(found)} are layer names of the checkpoint, which Diffusers' model calls otherwise; "

@@ -22,7 +22,7 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
-from lora_diffusion.formats.keys import is_flattened, is_language_model, numbered_as
+from lora_diffusion.formats.keys import is_flattened, is_language_model, is_t5, numbered_as
 from lora_diffusion.formats.kohya import layer_tensors
 from lora_diffusion.formats.provenance import family_for, named_layers
 
@@ -73,7 +73,10 @@ class Comfy:
                 " has (`convert --base` names it)"
             )
         tensors = bundled(adapter.embeddings, who)
-        prefixes = {component: _PREFIXES[numbered_as(component, adapter.layers)] for component in adapter.layers}
+        numbers = {component: numbered_as(component, adapter.layers) for component in adapter.layers}
+        prefixes = {component: _PREFIXES[number] for component, number in numbers.items()}
+        if numbers.get("text_encoder_2") == "text_encoder_2" and is_t5(adapter.layers["text_encoder_2"]):
+            prefixes["text_encoder_2"] = "text_encoders.byt5_small.transformer."  # HunyuanImage's
         if "text_encoder" in prefixes:
             prefixes["text_encoder"] = f"text_encoders.{_first_encoder(adapter)}.transformer."
         for component, name, layer in adapter:

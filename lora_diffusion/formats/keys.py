@@ -232,11 +232,19 @@ def is_language_model(layers: Iterable[str]) -> bool:
     return any(_TOWER.match(layer.replace(".", "_")) for layer in layers)
 
 
+def is_t5(layers: Iterable[str]) -> bool:
+    """Whether the layer names of a text encoder are T5's."""
+    return any(layer.replace(".", "_").startswith("encoder_block_") for layer in layers)
+
+
 def numbered_as(component: str, layers: Mapping[str, Mapping[str, object]]) -> str:
     """The component that it is called in files: FLUX's T5, its second text encoder, is the third there."""
-    is_t5 = any(layer.replace(".", "_").startswith("encoder_block_") for layer in layers[component])
     is_second = component == "text_encoder_2" and "text_encoder_3" not in layers
-    return "text_encoder_3" if is_second and is_t5 and is_flux(list(layers.get("transformer", ()))) else component
+    return (
+        "text_encoder_3"
+        if is_second and is_t5(layers[component]) and is_flux(list(layers.get("transformer", ())))
+        else component
+    )
 
 
 @lru_cache(maxsize=4096)

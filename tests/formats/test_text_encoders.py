@@ -201,6 +201,10 @@ def test_hunyuan_image_has_two_text_encoders_of_other_names(tmp_path: Path):
     adapter = opened(respelled(Adapter("a", layers), lambda c, _: f"text_encoders.{names[c]}", KOHYA), tmp_path)
     models = {"text_encoder": llama(LlamaModel), "text_encoder_2": tiny.t5(WIDTH)}
     assert fit(adapter, models).layers.keys() == {("text_encoder", LAYER), ("text_encoder_2", block)}
+    path = save_adapter(adapter, tmp_path / "again.safetensors", format="comfy")
+    stem = f"text_encoders.{names['text_encoder_2']}."
+    assert {key.partition("lora_")[0] for key in load_file(path) if ".encoder." in key and "lora_" in key} == {stem}
+    assert load_adapter(path) == adapter
 
 
 def test_flattened_names_which_comfyui_would_not_find_are_not_written_for_it(tmp_path: Path):
