@@ -55,7 +55,8 @@ class Dial:
         self._fading: list[int] = []  # entries whose rows act by the noise
         self.active: list[float] = [math.inf]  # how many rows of each entry do
         self._place = torch.zeros(0, dtype=torch.long)  # of each row among those of its entry
-        self._gains = torch.zeros(0)
+        with torch.inference_mode(mode=False):  # it is written to outside of one as well
+            self._gains = torch.zeros(0)
         self._shared: list[tuple[Mapping[str, Tensor | None], Tensor]] = []  # slots' buffers, their part of the gains
         self._owner, self._scales = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         self.hooks: tuple[RemovableHandle, ...] = ()

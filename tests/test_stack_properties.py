@@ -255,6 +255,21 @@ def test_files_are_read_inside_and_outside_of_inference_mode(tmp_path: Any) -> N
     assert torch.equal(pipe.unet(X), fresh.unet(X))
 
 
+def test_a_stack_made_in_inference_mode_is_turned_outside_where_a_component_has_no_adapter() -> None:
+    pipe = Pipe()
+    vars(pipe)["vae"] = torch.nn.Linear(2, 2)
+    pipe.__class__ = type("Two", (Pipe,), {"components": property(vars)})
+    before = fingerprint(pipe.unet)
+    with torch.inference_mode():
+        stack = AdapterStack(pipe)
+        stack.add(ADAPTERS["a"])
+    stack.weigh("a", 0.3)
+    stack.fuse()
+    stack.unfuse()
+    stack.clear()
+    assert fingerprint(pipe.unet) == before
+
+
 def test_a_tensor_written_in_place_is_seen() -> None:
     stack, one = AdapterStack(Pipe()), small_adapter("w", 2, 9)
     stack.add(one)
