@@ -45,8 +45,8 @@ class Hold:
 
     def __init__(self, models: Mapping[str, nn.Module], dials: Mapping[str, Dial], vocabulary: Vocabulary) -> None:
         self.models, self.dials, self.vocabulary = models, dials, vocabulary
-        if any(model is hold.models.get(name) for hold in list(_LIVING) for name, model in models.items()):
-            gc.collect()  # one that nobody holds may still live in a cycle of references
+        if any(hold.is_on(name, model) for hold in list(_LIVING) for name, model in models.items()):
+            gc.collect()  # a stack that nobody holds may still live in a cycle of references
         _note_strays(models, dials)
         _LIVING.add(self)
 
@@ -54,12 +54,18 @@ class Hold:
         vars(self).update(state)
         _LIVING.add(self)
 
+    def is_on(self, component: str, model: nn.Module) -> bool:
+        """Whether slots or tokens of the stack are on a model: no more once it is cleared and released."""
+        if self.models.get(component) is not model:
+            return False
+        return bool(self.dials[component].slots) or component in self.vocabulary.kept
+
     def leave(self, adapters: Sequence[str]) -> None:
         """Note on every model what a stack that goes leaves on it."""
         _LIVING.discard(self)
         for component, model in self.models.items():
             dial = self.dials[component]
-            if dial.slots or component in self.vocabulary.kept:
+            if self.is_on(component, model):
                 left = _Left(list(adapters), list(dial.slots), dial.hooks, weakref.ref(self.vocabulary.pipe))
                 vars(model).setdefault(_LEFT, []).append(left)
 

@@ -269,6 +269,19 @@ def test_what_is_saved_after_an_interrupt_is_the_frozen_weight(weight: Any, keep
     assert isinstance(saved["down_blocks.0.to_q.weight"], nn.Parameter) == keep_vars
 
 
+def test_a_stack_after_a_cleared_one_collects_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop the last stack still has its name while the next is made; a collection takes up to half a second."""
+    pipe, collected = Pipe(), list[None]()
+    monkeypatch.setattr("lora_diffusion.leaving.gc.collect", lambda: collected.append(None))
+    for name in ADAPTERS:
+        with AdapterStack(pipe) as stack:
+            stack.add(ADAPTERS[name])
+    assert not collected
+    stack.add(ADAPTERS["a"])
+    AdapterStack(pipe)
+    assert len(collected) == 1
+
+
 def test_a_stack_that_only_a_cycle_of_references_holds_is_gone_for_the_next() -> None:
     pipe, cycle = Pipe(), dict[str, Any]()
     cycle["stack"], cycle["self"] = AdapterStack(pipe), cycle
