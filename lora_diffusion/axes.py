@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.gates import parse_weight, times
+from lora_diffusion.gates import Region, parse_weight, times
 from lora_diffusion.generating import Order
 from lora_diffusion.library import parse_prompts
 
@@ -43,7 +43,7 @@ def parse_factors(text: str) -> list[Any]:
         factors = [parse_weight(part.strip()) for part in text.split(";" if "@" in text else ",")]
     except ConfigError:
         factors = [{}]
-    if any(isinstance(factor, dict) for factor in factors):
+    if any(isinstance(factor, dict | Region) for factor in factors):
         expected = "expected numbers with commas between them, such as 0,0.5,1, or with schedules 0;0.5;0@0,1@0.5"
         raise ConfigError(f"--weights {text!r}: {expected}")
     return [int(factor) if isinstance(factor, float) and factor.is_integer() else factor for factor in factors]

@@ -14,7 +14,7 @@ from PIL import Image
 from lora_diffusion.composing import Composition
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.files import load_adapter
-from lora_diffusion.gates import spell_weight
+from lora_diffusion.gates import read_weight, spell_weight
 from lora_diffusion.library import by_image
 from lora_diffusion.sheet import write_picture
 from lora_diffusion.stack import AdapterStack
@@ -101,8 +101,8 @@ def draw_order(
     for start in range(0, len(order.prompts), how.batch):
         part = order.part(start, how.batch)
         stack.weigh_all(by_image(part.weights))
-        pictures = draw(pipe, part.prompts, part.seeds, how)
-        made += [(picture, recipe(part, i, how, base, precision, stack)) for i, picture in enumerate(pictures)]
+        said = [recipe(part, i, how, base, precision, stack) for i in range(len(part.prompts))]  # refuses before work
+        made += zip(draw(pipe, part.prompts, part.seeds, how), said, strict=True)
         listen(len(made))
     return made
 
@@ -126,17 +126,21 @@ def recipe(
 ) -> dict[str, Any]:
     """How picture `index` of one batch was made, as JSON can say it; adapters by content hash.
 
-    It holds the whole batch: the last bits of a picture can depend on what is drawn beside it.
+    It holds the whole batch: the last bits of a picture can depend on what is drawn beside it. Masks are in it as
+    pictures, each once, by the hash of their pixels.
     """
     adapters: list[dict[str, Any]] = []
+    masks: dict[str, str] = {}
     for name in stack:
         adapter, row = stack[name], order.weights.get(name, [stack.weights[name]] * len(order.seeds))
         said: dict[str, Any] = {"name": name, "file": str(adapter.source or ""), "sha256": stack.content_hash(name)}
-        adapters.append({**said, "weight": spell_weight(row[index]), "weights": [spell_weight(one) for one in row]})
+        weights = [spell_weight(one, masks) for one in row]
+        adapters.append({**said, "weight": weights[index], "weights": weights})
     drawing = {"steps": how.steps, "guidance": how.guidance, "size": how.size, "negative": how.negative}
     batch = {"index": index, "prompts": list(order.prompts), "seeds": list(order.seeds)}
     picture = {"prompt": order.prompts[index], "seed": order.seeds[index], "base": base, "precision": precision}
-    return {**picture, **drawing, "compose": asdict(stack.composition), "adapters": adapters, "batch": batch}
+    mixed = {"compose": asdict(stack.composition), "adapters": adapters, "masks": masks}
+    return {**picture, **drawing, **mixed, "batch": batch}
 
 
 def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None:
@@ -175,7 +179,8 @@ def read_recipe(path: Path) -> Remake:
 def _remake(made: dict[str, Any]) -> Remake:
     batch, adapters = made["batch"], made["adapters"]
     count = len(batch["prompts"])
-    weights = {one["name"]: list(one["weights"]) for one in adapters}
+    masks: dict[str, str] = made.get("masks", {})
+    weights = {one["name"]: [read_weight(weight, masks) for weight in one["weights"]] for one in adapters}
     if len(batch["seeds"]) != count or any(len(row) != count for row in weights.values()):
         raise ValueError("prompts, seeds and weights are not as many")
     order = Order([str(p) for p in batch["prompts"]], [int(s) for s in batch["seeds"]], weights)

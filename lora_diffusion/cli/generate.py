@@ -67,6 +67,8 @@ def generate(
 
     Example: `lora-diffusion generate "kiki, red apple" -a ink.safetensors -a kiki.safetensors --compose composite`
 
+    Example: `lora-diffusion generate "apples" -a ink.safetensors:mask=0-0.5,0-1 -a clay.safetensors:0.7:mask=r.png`
+
     Example: `lora-diffusion generate --from apple.png -o again.png`
     """
     if bool(prompts) == bool(remake):
@@ -90,8 +92,8 @@ def generate(
         made = _again(read_recipe(remake), [path for path, _ in weighted], library, device)
         files = [out]
     else:
-        texts, tags = parse_prompts([prompt for prompt in prompts or [] for _ in range(count)])
         shelf = Library(library)
+        texts, tags = parse_prompts([prompt for prompt in prompts or [] for _ in range(count)], shelf)
         found = {name: shelf.find(name) for name in tags}
         order = Order(texts, [seed + i for i in range(total)], tags)
         guidance = SHIPPED_GUIDANCE if base is None and guidance is None else guidance

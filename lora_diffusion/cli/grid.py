@@ -63,6 +63,7 @@ def grid(
 
     from lora_diffusion.axes import Choices, grid_order, parse_factors
     from lora_diffusion.cli.progress import bar, say
+    from lora_diffusion.gates import show_weight
     from lora_diffusion.generating import Drawing, draw_order
     from lora_diffusion.pipelines import load_for_drawing
     from lora_diffusion.quickstart import SHIPPED_GUIDANCE, find_samples
@@ -86,7 +87,7 @@ def grid(
         made = draw_order(opened.pipe, stack, order, how, base, quantize, lambda n: progress.update(task, completed=n))
     across, down = choices.labels(columns), choices.labels(rows)
     pictures = [[made[r * len(across) + c][0] for c in range(len(across))] for r in range(len(down))]
-    title = " + ".join(f"{name} {weight}" for name, weight in choices.adapters.items())
+    title = " + ".join(f"{name} {show_weight(weight)}" for name, weight in choices.adapters.items())
     write_picture(contact_sheet(pictures, down, across, title=title), out)
     say(str(out))
 

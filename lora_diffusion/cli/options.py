@@ -19,7 +19,8 @@ Adapters = Annotated[
         "--adapter",
         "-a",
         metavar="FILE[:WEIGHT]",
-        help="Adapter and weight: 0.8, 0@0,1@0.5, te=0.5:unet=1; repeatable.",
+        help="Adapter and weight: 0.8, 0@0,1@0.5, te=0.5:unet=1, each with :mask=left.png or :mask=0-0.5,0-1 "
+        "(left-right,top-bottom) for a region; repeatable.",
     ),
 ]
 Quantize = Annotated[
@@ -33,7 +34,10 @@ Guidance = Annotated[
     typer.Option(min=0, help="Guidance scale (default: the pipeline's own, and 1.5 for the base that ships)."),
 ]
 Library = Annotated[
-    Path, typer.Option("--library", "-l", metavar="FOLDER", help="Where `<lora:name:weight>` in a prompt looks.")
+    Path,
+    typer.Option(
+        "--library", "-l", metavar="FOLDER", help="Where `<lora:name:weight:mask=left.png>` in a prompt looks."
+    ),
 ]
 Merging = Annotated[
     list[str], typer.Argument(metavar="FILE[:WEIGHT]", help="Adapter files and their weights (default 1).")
@@ -57,7 +61,7 @@ Negative = Annotated[str | None, typer.Option(help="Negative prompt.")]
 
 
 def parse_adapter(text: str) -> tuple[Path, Any]:
-    """`style.safetensors:0.8` or `…:te=0.5:unet=0@0,1@0.5` -> (path, weight).
+    """`style.safetensors:0.8`, `…:te=0.5:unet=0@0,1@0.5` or `…:0.8:mask=left.png` -> (path, weight).
 
     ConfigError for a file that is not there or a weight that is none.
     """

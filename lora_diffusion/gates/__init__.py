@@ -8,9 +8,10 @@
 "0.8@0.2-0.6"                                inside a window of progress, else 0
 lambda progress: 1 - progress                any function of progress in [0, 1]
 [0.8, 0.2, 0.0]                              by image of the batch
-Region("mask.png", 0.8)                      by place in the picture
+Region("mask.png", 0.8)                      by place in the picture; Region("0-0.5,0-1") is its left half
 
-They nest: a mapping may hold schedules, lists and regions; a list may hold mappings.
+They nest: a mapping may hold schedules, lists and regions; a list may hold mappings. As text, in options and prompts:
+`0.8`, `0@0,1@0.5`, `te=0.5:unet=1`, and a region of any of these `0.8:mask=left.png`, `te=0:unet=1:mask=0-0.5,0-1`.
 """
 
 from lora_diffusion.gates.blocks import blocks_of
@@ -18,7 +19,7 @@ from lora_diffusion.gates.levels import Call, Level, entry_gate, has_places, is_
 from lora_diffusion.gates.masks import Region
 from lora_diffusion.gates.resolving import ALIASES, Resolved, Weight, resolve_weight
 from lora_diffusion.gates.schedules import Keyframes, Window, linear, parse_schedule, window
-from lora_diffusion.gates.spelling import parse_weight, spell_weight, times
+from lora_diffusion.gates.spelling import parse_weight, read_weight, show_weight, spell_weight, times
 
 __all__ = [
     "ALIASES",
@@ -38,7 +39,9 @@ __all__ = [
     "number_at",
     "parse_schedule",
     "parse_weight",
+    "read_weight",
     "resolve_weight",
+    "show_weight",
     "spell_weight",
     "times",
     "window",

@@ -3,11 +3,20 @@
 A mask covers the picture as it is shown; 1 is full weight, 0 none. Each layer sees it averaged down to its own
 grid. Places without a position in the picture (text tokens of cross and joint attention, time and pooled
 embeddings, text encoders) take the mask's mean, so that a full mask is no mask and an empty one is the base.
+
+As text a mask is a file's path or a rectangle: `0-0.5,0-1` is the left half, `0-1,0.5-1` the lower one (from-to
+across, from-to downwards, as shares of the picture).
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import copy
+import hashlib
+import io
+import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +27,16 @@ from torch import Tensor
 
 from lora_diffusion.errors import ConfigError
 
+_RECTANGLE = re.compile(r"(\d*\.?\d+)-(\d*\.?\d+),(\d*\.?\d+)-(\d*\.?\d+)")
+_SIDE = 768  # pixels a rectangle is drawn in: a multiple of the usual token grids (64, 96, 128, 32, 48, …)
+LARGEST = 2**20  # bytes of a mask as PNG that a recipe holds
+_PIXELS = 2**26  # and its pixels
+
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """`weight` inside a mask: a PIL picture, a file of one, or a (height, width) array in 0..1 (uint8: 0..255)."""
+    """`weight` inside a mask: a PIL picture, a file of one, a rectangle as text (`0-0.5,0-1`: the left half), or a
+    (height, width) array in 0..1 (uint8: 0..255). Regions with the same pixels and weight are equal."""
 
     mask: Any
     weight: Any = 1.0
@@ -32,6 +47,14 @@ class Region:
 
     def __repr__(self) -> str:
         return f"Region({tuple(self.pixels.shape)}, mean {self.mean:.2f}, {self.weight!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Region):
+            return NotImplemented
+        return self.weight == other.weight and torch.equal(self.pixels, other.pixels)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.pixels.shape))
 
     def at(self, weight: Any) -> Region:
         """The same place with another weight."""
@@ -56,6 +79,8 @@ class Region:
 
 def read_mask(mask: Any) -> Tensor:
     """(height, width) float32 in 0..1 from a path, PIL picture, array or tensor. ConfigError for anything else."""
+    if isinstance(mask, str) and is_rectangle(mask):
+        return _rectangle(mask)
     if isinstance(mask, str | Path):
         mask = _opened(Path(mask))
     if hasattr(mask, "convert"):
@@ -79,5 +104,64 @@ def _opened(path: Path) -> Any:
     try:
         with Image.open(path) as picture:
             return picture.convert("L")
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"mask {path}: {error}") from None
+
+
+def is_rectangle(text: str) -> bool:
+    """Whether a mask as text is a rectangle and no file: four numbers, `left-right,top-bottom`."""
+    return bool(_RECTANGLE.fullmatch(text.strip()))
+
+
+def _rectangle(text: str) -> Tensor:
+    """(768, 768): the share of each pixel inside. ConfigError for one that is empty or leaves the picture."""
+    found = _RECTANGLE.fullmatch(text.strip())
+    left, right, top, bottom = (float(part) for part in (found.groups() if found else ("0", "0", "0", "0")))
+    if not (left < right <= 1 and top < bottom <= 1):
+        raise ConfigError(f"mask {text!r}: expected left-right,top-bottom as rising shares in 0..1, such as 0-0.5,0-1")
+    starts = torch.arange(_SIDE, dtype=torch.float64)
+    across, down = (
+        ((starts + 1).clamp(max=high * _SIDE) - starts.clamp(min=low * _SIDE)).clamp(0, 1)
+        for low, high in ((left, right), (top, bottom))
+    )
+    return torch.outer(down, across).float()
+
+
+def write_mask(region: Region) -> tuple[str, str]:
+    """(sha256 of the pixels, the mask as a PNG of one channel in base64): all that makes it again.
+
+    ConfigError for values between the 256 that 8 bits have, or a PNG of more than 1 MiB.
+    """
+    from PIL import Image
+
+    levels = (region.pixels * 255).round().to(torch.uint8)
+    if not torch.equal(levels.float() / 255, region.pixels):
+        raise ConfigError(f"{region!r} cannot be written down: it has values between those of 8 bits; give uint8")
+    height, width = levels.shape
+    data = levels.contiguous().numpy().tobytes()
+    file = io.BytesIO()
+    Image.frombytes("L", (width, height), data).save(file, "PNG", optimize=True)
+    if len(file.getvalue()) > LARGEST or height * width > _PIXELS:
+        size = f"{width}x{height} pixels, {len(file.getvalue()) / 2**20:.1f} MiB as PNG"
+        raise ConfigError(f"{region!r} cannot be written down: {size}, expected at most 1 MiB; scale it to 1024x1024")
+    return _hash(width, height, data), base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def mask_again(key: str, text: str) -> Any:
+    """The mask as a PIL picture from what `write_mask` gave. ConfigError where its content is not that of `key`."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
+            if picture.width * picture.height > _PIXELS:
+                raise ConfigError(f"mask {key[:12]}…: {picture.width}x{picture.height} pixels are too many")
+            mask = picture.convert("L")
+    except (OSError, SyntaxError, binascii.Error, zlib.error, Image.DecompressionBombError) as error:
+        raise ConfigError(f"mask {key[:12]}…: {error}") from None
+    if _hash(mask.width, mask.height, mask.tobytes()) != key:
+        raise ConfigError(f"mask {key[:12]}…: its pixels are not those that it is named after")
+    return mask
+
+
+def _hash(width: int, height: int, data: bytes) -> str:
+    return hashlib.sha256(f"{width}x{height}:".encode() + data).hexdigest()
