@@ -22,7 +22,8 @@ from timing import interleaved, write
 
 from lora_diffusion import Adapter, AdapterStack, LoRA, save_adapter
 from lora_diffusion.layers import is_linear
-from lora_diffusion.merging.bake import survival, to_quantise
+from lora_diffusion.merging.bake import to_quantise
+from lora_diffusion.merging.survival import survival
 from lora_diffusion.targets import find_targets
 
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
@@ -226,7 +227,7 @@ def fusing(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
 
 
 def kept_in_nf4(config: dict[str, Any], rank: int) -> dict[str, float]:
-    """The share of a delta of |D| / |W| = 0.01 that survives baking into NF4 (a stack on NF4 keeps all of it)."""
+    """The share of a delta of |D| / |W| = 0.01 that survives baking into NF4, and its cosine (a stack: all)."""
     pipe = Bare(None, config, torch.float32)
     (adapter,) = adapters(pipe.unet, 1, rank)
     for name, layer in adapter.layers["unet"].items():
@@ -235,7 +236,8 @@ def kept_in_nf4(config: dict[str, Any], rank: int) -> dict[str, float]:
         up.mul_(0.01 * weight.norm() / (up @ down).norm())
     small, stack = to_quantise(pipe.unet), AdapterStack(pipe)
     stack.add(adapter)
-    return {"baked": survival(pipe.unet, stack, small), "stacked": 1.0}
+    left = survival(pipe.unet, stack, small)
+    return {"baked": left.share, "baked, cosine": left.cosine, "stacked": 1.0}
 
 
 def main() -> None:

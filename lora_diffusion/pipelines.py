@@ -95,7 +95,7 @@ def load_pipeline(
     elif precision not in DTYPES:
         weights = WeightFiles(base / next(iter(empty))) if empty else None
         told: dict[str, Any] = {"compute_dtype": dtype, "device": place, "keep_adaln": keep_adaln}
-        report = quantize(denoiser_of(pipe), precision, keep=_kept(pipe), weights=weights, **told)
+        report = quantize(denoiser_of(pipe), precision, keep=kept_layers(pipe), weights=weights, **told)
     if text_encoders is not None:
         read = {name: weights for name, (_, weights) in encoders.items()}
         quantize_encoders(pipe, text_encoders, dtype, place, read)
@@ -140,6 +140,11 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
         if isinstance(model := getattr(pipe, name, None), torch.nn.Module):
             return model
     raise ConfigError(f"{type(pipe).__name__} has no denoiser; expected a component {' or '.join(DENOISERS)}")
+
+
+def kept_layers(pipe: Any) -> tuple[str, ...]:
+    """The family's own layers for 16 bits; none for a pipeline that is of no family."""
+    return next((family.kept for family in FAMILIES.values() if family.matches(pipe)), ())
 
 
 @torch.no_grad()
@@ -229,11 +234,6 @@ def _components(folder: Path) -> dict[str, tuple[str, str]]:
     except (OSError, ValueError, AttributeError):
         return {}
     return {name: (library, kind) for name, (library, kind) in pairs.items() if isinstance(kind, str)}
-
-
-def _kept(pipe: Any) -> tuple[str, ...]:
-    """The family's own layers for 16 bits; none for a pipeline that is of no family."""
-    return next((family.kept for family in FAMILIES.values() if family.matches(pipe)), ())
 
 
 def _open(folder: Path, dtype: torch.dtype, **components: torch.nn.Module) -> Any:

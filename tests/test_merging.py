@@ -21,7 +21,6 @@ from lora_diffusion.merging.conflicts import Conflict
 from lora_diffusion.merging.picture import heat_map
 from lora_diffusion.merging.rules import dare, della, prune, ties, trimmed
 from lora_diffusion.methods import METHODS
-from lora_diffusion.quantize import load_quantized
 from lora_diffusion.targets import find_targets
 from tests import tiny
 from tests.test_gates import adapter
@@ -286,15 +285,3 @@ def test_extract_reads_a_checkpoint_in_one_file(sd: Any, base: Path, tmp_path: P
     path.write_bytes(b"<html>")
     with pytest.raises(ConfigError, match="cannot be read as model weights"):
         extract(path, base)
-
-
-def test_a_small_delta_is_not_baked_into_nf4_unless_forced(sd: Any, base: Path, tmp_path: Path) -> None:
-    one = adapter(sd, components=("unet",))
-    with pytest.raises(ConfigError, match="would survive"):
-        bake(base, [(one, 1e-4)], tmp_path / "small", precision="nf4")
-    assert not (tmp_path / "small").exists()
-    forced = bake(base, [(one, 1e-4)], tmp_path / "small", precision="nf4", force=True)
-    assert forced.kept < 0.9
-    unet = tiny.unet()
-    load_quantized(unet, tmp_path / "small" / "unet")
-    assert bake(base, [(one, 30.0)], tmp_path / "large", precision="nf4").kept >= 0.9

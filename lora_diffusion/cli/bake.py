@@ -21,7 +21,7 @@ def bake(
         bool, typer.Option("--force", help="Write nf4 although most of the adapter is lost in it.")
     ] = False,
 ) -> None:
-    """Write weighted adapters into a base model for good.
+    """Write weighted adapters into a base model for good. Into nf4 only where 0.9 of what they change survives.
 
     Example: `lora-diffusion bake style.safetensors:0.8 -b base-model -o styled-model`
     """
@@ -32,5 +32,5 @@ def bake(
     from lora_diffusion.quickstart import find_samples
 
     baked = bake_into(base or find_samples(None) / "base", weighted, out, precision=precision, force=force)
-    survives = f", {baked.kept:.2f} of the delta survives" if baked.precision == "nf4" else ""
+    survives = f", {baked.survival} survives" if baked.precision == "nf4" else ""
     say(f"{baked.folder}: {baked.precision}{survives}")

@@ -1,27 +1,26 @@
 """Weighted adapters written into a base model for good, as a Diffusers folder that needs no adapter.
 
 The sum is taken in float32 and rounded once to the precision of the folder. A 4-bit folder rounds again, to a grid
-of sixteen values, and a small delta can vanish there: how much survives is measured first,
-
-    kept = <Q(W + D) - Q(W), D> / <D, D>      over all layers that are quantised
+of sixteen values, and a small delta can vanish there: how much survives is measured first (`survival.py`). Of a base
+that is in 4 bits already, what no adapter is on keeps its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_diffusion.adapter import DENOISERS, Adapter
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.fusing import fused_weight
-from lora_diffusion.pipelines import DTYPES, denoiser_of, load_pipeline, quiet
-from lora_diffusion.quantize import WeightFiles, dequantize, quantize, save_quantized
-from lora_diffusion.quantize.layers import four_bit
+from lora_diffusion.merging.survival import Survival, survival
+from lora_diffusion.pipelines import DTYPES, Opened, denoiser_of, kept_layers, load_for_drawing, quiet
+from lora_diffusion.quantize import WeightFiles, dequantize, is_quantized, quantize, save_quantized
+from lora_diffusion.quantize.layers import is_four_bit
 from lora_diffusion.quantize.plan import plan
 from lora_diffusion.stack import AdapterStack
 
@@ -32,11 +31,16 @@ Into = Literal["fp32", "bf16", "fp16", "nf4"]
 
 @dataclass(frozen=True)
 class Baked:
-    """The folder, its precision, and the share of the delta that survives its rounding (1 where not measured)."""
+    """The folder, its precision, and what of the delta survives its rounding (all of it where not measured)."""
 
     folder: Path
     precision: str
-    kept: float
+    survival: Survival
+
+    @property
+    def kept(self) -> float:
+        """The lower of share and cosine, from 1 down."""
+        return self.survival.least
 
 
 def bake(
@@ -50,74 +54,98 @@ def bake(
     """Write `base` with (adapter, weight) pairs merged in to the new folder `out`.
 
     `precision` None: as the base's denoiser is stored. "nf4" writes the denoiser as `save_quantized` does, and raises
-    ConfigError where less than 0.9 of the delta survives, unless `force`. ConfigError for a folder that is not
-    empty, AdapterMismatchError for an adapter of another model.
+    ConfigError where less than 0.9 of the delta survives, by share or by cosine, unless `force`. ConfigError too for a
+    folder that is not empty, a weight by step, image or place, and a base in int8 without a precision;
+    AdapterMismatchError for an adapter of another model.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; choose another folder to bake into")
-    pipe = load_pipeline(base, precision="fp32", device="cpu").pipe
-    into = precision or _stored(base)
-    small = to_quantise(denoiser_of(pipe)) if into == "nf4" else set()
-    stack, kept = AdapterStack(pipe), 1.0
+    opened = load_for_drawing(base, None, "cpu")
+    pipe, denoiser = opened.pipe, denoiser_of(opened.pipe)
+    into, held = precision or _stored(base, opened), made_dense(denoiser)
+    with quiet():
+        pipe.to(dtype=torch.float32)
+    small = to_quantise(denoiser, kept_layers(pipe), held) if into == "nf4" else {}
+    stack, left = AdapterStack(pipe), Survival()
     for adapter, weight in adapters:
         stack.add(adapter, weight)
+    stack.fuse()  # what cannot be fused says so before anything is measured
+    stack.unfuse()
     if into == "nf4":
-        kept = survival(denoiser_of(pipe), stack, small)
-        if kept < LEAST_KEPT and not force:
+        left = survival(denoiser, stack, [name for name, stored in small.items() if stored == "nf4"], held)
+        if left.least < LEAST_KEPT and not force:
             raise ConfigError(
-                f"bake: {kept:.2f} of the delta would survive in nf4, expected at least {LEAST_KEPT}; "
+                f"bake: {left} would survive in nf4, expected at least {LEAST_KEPT} of both; "
                 "keep the adapter beside the 4-bit base, bake into bf16, or force it"
             )
+    touched = {name for component in DENOISERS for name in stack.slots.get(component, {})}
     stack.bake()
     with quiet():
-        _save(pipe, out, into)
-    return Baked(out, into, kept)
+        if into == "nf4":
+            still = {name: layer for name, layer in held.items() if name not in touched}
+            _save_nf4(pipe, out, opened.dtype if held else torch.bfloat16, small, still)
+        else:
+            pipe.to(dtype=DTYPES[into]).save_pretrained(out, safe_serialization=True)
+    return Baked(out, into, left)
 
 
-def to_quantise(denoiser: nn.Module) -> set[str]:
-    """The layers of a dense denoiser without adapters that NF4 quantises."""
-    fates = plan(denoiser, "nf4", keep=(), eight_bit=(), keep_adaln=False)
-    return {name for name, fate in fates.items() if fate.stored == "nf4"}
+def made_dense(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Put a plain float32 layer in the place of every quantised one; name -> what was there."""
+    held = {name: layer for name, layer in denoiser.named_modules() if is_quantized(layer)}
+    for name, layer in held.items():
+        known: Any = layer
+        dense = nn.Linear(known.in_features, known.out_features, bias=known.bias is not None, device="meta")
+        dense.weight = nn.Parameter(dequantize(layer), requires_grad=False)
+        if known.bias is not None:
+            dense.bias = nn.Parameter(known.bias.detach().float(), requires_grad=False)
+        denoiser.set_submodule(name, dense.train(layer.training))
+    return held
 
 
-def survival(denoiser: nn.Module, stack: AdapterStack, small: Collection[str]) -> float:
-    """The share of the stack's delta that NF4 would keep on the layers `small` of a dense denoiser."""
-    applied = whole = 0.0
-    component, slots = next((component, of) for component, of in stack.slots.items() if component in DENOISERS)
-    for name, slot in slots.items():
-        layer = denoiser.get_submodule(name)
-        if isinstance(layer, nn.Linear) and name in small:
-            merged = fused_weight(layer, slot, stack.shares(component, name))
-            delta = merged - layer.weight
-            applied += float(((_rounded(layer, merged) - _rounded(layer, layer.weight)) * delta).sum())
-            whole += float(delta.square().sum())
-    return applied / whole if whole else 1.0
+def to_quantise(
+    denoiser: nn.Module, keep: Sequence[str] = (), held: Mapping[str, nn.Module] | None = None
+) -> dict[str, str]:
+    """Layer of a dense denoiser without adapters -> "nf4" or "int8": as a base was (`held`), else as a fresh one is."""
+    if held:
+        return {name: "nf4" if is_four_bit(layer) else "int8" for name, layer in held.items()}
+    fates = plan(denoiser, "nf4", keep=keep, eight_bit=(), keep_adaln=False)
+    return {name: fate.stored for name, fate in fates.items() if fate.stored in ("nf4", "int8")}
 
 
-def _rounded(layer: nn.Linear, weight: Tensor) -> Tensor:
-    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    device = torch.device("cpu")
-    return dequantize(four_bit(dense, device=device, dtype=torch.float32, double_quant=True, block_size=64))
-
-
-def _stored(base: str | Path) -> Into:
+def _stored(base: str | Path, opened: Opened) -> Into:
+    """The precision that the base's denoiser has on disk."""
+    if opened.report is not None:  # written by `save_quantized`
+        layers = [layer for _, layer in denoiser_of(opened.pipe).named_modules() if is_quantized(layer)]
+        if layers and not any(map(is_four_bit, layers)):
+            raise ConfigError(f"bake: base {str(base)!r} is in int8, which is not written; say a precision")
+        return "nf4" if layers else _name_of(opened.dtype)
     for component in DENOISERS:
         if (folder := Path(base).expanduser() / component).is_dir():
-            dtype = next(tensor.dtype for tensor in WeightFiles(folder).values() if tensor.is_floating_point())
-            return "bf16" if dtype == torch.bfloat16 else "fp16" if dtype == torch.float16 else "fp32"
+            return _name_of(next(tensor.dtype for tensor in WeightFiles(folder).values() if tensor.is_floating_point()))
     return "bf16"
 
 
-def _save(pipe: Any, out: Path, into: Into) -> None:
-    if into != "nf4":
-        pipe.to(dtype=DTYPES[into]).save_pretrained(out, safe_serialization=True)
-        return
-    pipe.to(dtype=torch.bfloat16).save_pretrained(out, safe_serialization=True)
+def _name_of(dtype: torch.dtype) -> Into:
+    return cast("Into", next((name for name, one in DTYPES.items() if one == dtype), "fp32"))
+
+
+def _save_nf4(
+    pipe: Any, out: Path, dtype: torch.dtype, small: Mapping[str, str], still: Mapping[str, nn.Module]
+) -> None:
+    """Save with the denoiser in NF4: layers in `small` are quantised, those in `still` put back as they were."""
+    pipe.to(dtype=dtype).save_pretrained(out, safe_serialization=True)
     denoiser = denoiser_of(pipe)
     folder = out / next(name for name in DENOISERS if getattr(pipe, name, None) is denoiser)
-    quantize(denoiser, "nf4", compute_dtype=torch.bfloat16)
+    for name, layer in still.items():
+        denoiser.set_submodule(name, layer)
+    eight = [name for name, stored in small.items() if stored == "int8" and name not in still]
+    quantize(denoiser, "nf4", compute_dtype=dtype, keep=_others(denoiser, small), eight_bit=eight)
     save_quantized(denoiser, folder)
     for dense in folder.glob("diffusion_pytorch_model*"):
         dense.unlink()
+
+
+def _others(denoiser: nn.Module, small: Collection[str]) -> list[str]:
+    """Every linear layer that is not to be quantised."""
+    return [name for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear) and name not in small]
