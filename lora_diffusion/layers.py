@@ -47,6 +47,27 @@ def is_adaptable(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "weight", None), Tensor) or is_attention(layer)
 
 
+_FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+def is_bypassed(attention: nn.Module, name: str) -> bool:
+    """Whether Diffusers fused the attention's projections (`fuse_qkv_projections`) and now computes past this one.
+
+    After unfusing it may keep the fused layers (U-Nets, whose processor then says so) or not.
+    """
+    if not getattr(attention, "fused_projections", False):
+        return False
+    fused = type(getattr(attention, "processor", None)).__name__.startswith("Fused")
+    there = vars(attention)["_modules"]
+    return (fused or hasattr(attention, "unfuse_projections")) and any(
+        name in of and by in there for by, of in _FUSED.items()
+    )
+
+
 def core(layer: nn.Module) -> nn.Module:
     """The layer whose weight says device and precision: the queries' of an attention, else the layer itself."""
     query = vars(layer)["_modules"].get("to_q")  # a search through attributes would take longer

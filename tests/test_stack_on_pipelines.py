@@ -16,6 +16,7 @@ from diffusers import (
 )
 
 from lora_diffusion import AdapterStack
+from lora_diffusion.errors import TargetError
 from tests import tiny
 from tests.test_gates import adapter
 
@@ -105,3 +106,21 @@ def test_under_the_hooks_of_model_offloading(first: str) -> None:
         hook.offload()
     stack.clear()
     np.testing.assert_allclose(tiny.picture(pipe), base, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.flux])
+def test_fused_projections_are_refused_and_not_passed_by(make: Callable[[], Any]) -> None:
+    pipe = make()
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    one = adapter(pipe)
+    with AdapterStack(pipe) as stack:
+        stack.add(one)
+        expected = tiny.picture(pipe)
+    denoiser.fuse_qkv_projections()
+    with AdapterStack(pipe) as stack:
+        with pytest.raises(TargetError, match=r"fused; call unfuse_qkv_projections\(\) first"):
+            stack.add(one)
+        assert not len(stack)
+        denoiser.unfuse_qkv_projections()
+        stack.add(one)
+        assert np.array_equal(tiny.picture(pipe), expected)
