@@ -146,3 +146,11 @@ def test_files_from_blends_at_the_terminal(shelf: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
 def test_help_shows_an_example(command: Any) -> None:
     assert "Example:" in run(command.__name__, "--help")
+
+
+def test_adapters_without_a_layer_in_common_have_no_conflict_and_no_picture(sd: Any, tmp_path: Path) -> None:
+    for name, component in (("a", "unet"), ("b", "text_encoder")):
+        save_adapter(adapter(sd, name, components=(component,)), tmp_path / f"{name}.safetensors")
+    files = (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert "no layer in common" in run("conflicts", *files, "--picture", tmp_path / "map.png")
+    assert not (tmp_path / "map.png").exists()

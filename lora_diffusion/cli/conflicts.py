@@ -44,6 +44,8 @@ def conflicts(
             figures = (f"{row.columns:.2f}", f"{row.rows:.2f}", f"{row.signs:.2f}", f"{row.ratio:.2f}")
             table.add_row(row.component, row.block, *figures, f"{row.weights[0]:.2f} / {row.weights[1]:.2f}")
         console.print(table)
-    if picture is not None:
+    if not found:
+        say("no layer in common: they cannot get in each other's way" + (f"; {picture} not drawn" if picture else ""))
+    elif picture is not None:
         write_picture(heat_map(found), picture)
         say(str(picture))
