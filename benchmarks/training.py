@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -151,28 +152,25 @@ def nf4_layer(tokens: int, width: int, rounds: int, rank: int) -> dict[str, Any]
 
 
 def attaching(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
-    """Seconds to put fresh slots on all linear layers, and to take them off again."""
+    """Seconds to put fresh slots on all linear layers, and to take them off again.
+
+    PEFT gets a U-Net without its wrappers every time: they stay when its adapter is deleted. Weights are never touched.
+    """
     from peft import LoraConfig
 
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(**config).to(torch.bfloat16)
-    unet = unet.to_empty(device="cpu").requires_grad_(False)
+        bare: Any = UNet2DConditionModel(**config).to(torch.bfloat16).requires_grad_(False)
+    unet = copy.deepcopy(bare).to_empty(device="cpu")
     names = [name for name, layer in find_targets(unet, "all-linear").items() if isinstance(layer, nn.Linear)]
     found: list[Any] = []
 
-    def ours() -> None:
-        found.append(attach(unet, LoRA(rank), "all-linear", component="unet"))
-
-    def peft() -> None:
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
-
-    def off() -> None:
-        if found:
-            found.pop().detach()
-        else:
-            unet.delete_adapters("default")
-
-    cases = {"ours": ours, "off": off, "peft": peft, "peft off": off}
+    cases = {
+        "ours": lambda: found.append(attach(unet, LoRA(rank), "all-linear", component="unet")),
+        "off": lambda: found.pop().detach(),
+        "for peft": lambda: found.append(copy.deepcopy(bare).to_empty(device="cpu")),
+        "peft": lambda: found[0].add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names)),
+        "peft off": lambda: found.pop().delete_adapters("default"),
+    }
     return {"layers": len(names), "seconds": interleaved(cases, rounds)}
 
 

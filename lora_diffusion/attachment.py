@@ -25,7 +25,7 @@ from lora_diffusion.dropping import Dropping
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, TargetError, some
 from lora_diffusion.gates.fading import Fading
 from lora_diffusion.lora import Part, Slot, place, slot_of, take_off
-from lora_diffusion.methods import METHODS, Course, Method, resumed, written
+from lora_diffusion.methods import METHODS, Course, Method, outline, resumed, written
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.methods.starts import StartBranch, difference, first_half
 from lora_diffusion.pairs import Pair
@@ -48,7 +48,7 @@ class Attachment:
         away: dict[str, LayerAdapter],
     ) -> None:
         self.model, self.component, self.slots = model, component, slots
-        self._fresh = fresh  # what the slots were made of: method, alpha, shapes
+        self._fresh = {name: outline(one) for name, one in fresh.items()}  # what the slots were made of
         self._starts = away  # those of them that are pairs away from 0
         self.course: Course | None = None
         self.fading: Fading | None = None  # what acts at which noise, as T-LoRA asks for

@@ -53,20 +53,13 @@ PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
 }
 
 
-_KINDS = (is_linear, is_convolution, is_norm, is_attention)
-
-
 def _is_aside(layer: nn.Module) -> bool:
     return is_norm(layer) or is_attention(layer)
 
 
 def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     """Layer name -> layer, in the model's order. TargetError for a part that matches no layer."""
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if name and SLOT not in name.split(".") and any(kind(layer) for kind in _KINDS)
-    }
+    layers = _adaptable(model)
     parts = [part.strip() for target in ([targets] if isinstance(targets, str) else targets) for part in _split(target)]
     if not parts:
         raise TargetError("targets: nothing is named; expected a preset, a glob or a list of them")
@@ -78,6 +71,20 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
             raise TargetError(_no_match(part, model, layers))
         chosen |= matches
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """What could be a target; of a layer that another library has wrapped, such as PEFT, the whole alone."""
+    found, whole = dict[str, nn.Module](), "\0"
+    for name, layer in model.named_modules():
+        if not name or name.startswith(whole) or SLOT in name.split("."):
+            continue
+        if is_linear(layer) or is_convolution(layer):
+            whole = f"{name}."
+        elif not _is_aside(layer):
+            continue
+        found[name] = layer
+    return found
 
 
 def _split(target: str) -> list[str]:

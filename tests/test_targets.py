@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from torch import nn
 
 from lora_diffusion import LoRA, TargetError, attach
@@ -82,3 +83,13 @@ def test_a_preset_of_which_a_model_has_nothing_is_not_offered_again() -> None:
     with pytest.raises(TargetError, match=r"target 'conv' matches no .* there are presets") as caught:
         find_targets(nn.ModuleDict({"to_q": nn.Linear(4, 4)}), "all-linear+conv")
     assert "did you mean" not in str(caught.value)
+
+
+def test_a_layer_that_peft_has_wrapped_is_one_target(sd: DiffusionPipeline) -> None:
+    bare = set(find_targets(sd.unet, "all-linear"))
+    sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    assert set(find_targets(sd.unet, "all-linear")) == bare  # neither PEFT's pair nor the layer inside, once more
+    sd.unet.delete_adapters("default")  # its wrappers stay
+    assert set(find_targets(sd.unet, "all-linear")) == bare
+    with attach(sd.unet, LoRA(2), "all-linear") as attached:
+        assert set(attached.adapter("a").layers["unet"]) == bare

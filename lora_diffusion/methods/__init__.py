@@ -8,7 +8,7 @@ no pipeline.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -127,6 +127,14 @@ def resumed(layers: Mapping[str, LayerAdapter], fresh: Mapping[str, LayerAdapter
     """The reverse of `written`, for slots that were made of `fresh`."""
     own = {name: getattr(METHODS[new.method], "resumed", None) for name, new in fresh.items()}
     return {**layers, **{name: back(layers.get(name), fresh[name]) for name, back in own.items() if back is not None}}
+
+
+def outline(layer: LayerAdapter) -> LayerAdapter:
+    """Method, alpha and shapes of a fresh layer; its numbers too where `resumed` or the method's settings need them."""
+    if hasattr(METHODS[layer.method], "resumed"):
+        return layer
+    tensors = {key: t.to("meta") if t.is_floating_point() else t for key, t in layer.tensors.items()}
+    return replace(layer, tensors=tensors)
 
 
 def is_dense(name: str) -> bool:
