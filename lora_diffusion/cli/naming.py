@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_diffusion.adapter import Adapter, same_layer
 from lora_diffusion.errors import AdapterMismatchError, TargetError, some
-from lora_diffusion.families.names import is_of_checkpoint
+from lora_diffusion.families.names import is_of_checkpoint, side_of
 from lora_diffusion.families.original import dotted, named_for, with_encoders
 from lora_diffusion.families.skeletons import PUBLISHED, skeleton, skeleton_of
 from lora_diffusion.formats.identity import UNKNOWN
@@ -16,6 +16,8 @@ from lora_diffusion.formats.provenance import family_for
 
 #: spellings whose layers Diffusers' models name
 _IN_DIFFUSERS_NAMES = ("diffusers", "peft")
+#: families whose checkpoint calls its layers as Diffusers does
+_SAME_NAMES = ("Qwen-Image",)
 #: families that cannot be told apart -> one that has all their layers' names
 _NAMED_LIKE = {"Stable Diffusion 1.x or 2.x": "Stable Diffusion 2.x"}
 
@@ -42,21 +44,32 @@ def named_alike(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Adapters of one family known by heart, under Diffusers' names where only some of them have those.
 
     Else one layer would stand twice in their merge. Adapters of other families and of more than one are left as they
-    are.
+    are; TargetError where some of those have Diffusers' names and some the checkpoint's.
     """
     families = {family_for(adapter).name for adapter in adapters if len(adapter)} - {UNKNOWN.name}
     known = {_NAMED_LIKE.get(family, family) for family in families}
     if len(known) > 1:
         known -= {_NAMED_LIKE[family] for family in families & _NAMED_LIKE.keys()}
     if len(adapters) < 2 or len(known) != 1 or not known <= PUBLISHED.keys():
-        return list(adapters)
+        return _of_one_side(adapters)
     models = skeleton(known.pop())
     if len({_has_live_names(adapter, models) for adapter in adapters if len(adapter)}) == 1:
         return list(adapters)
     try:
         return [dotted(adapter, models) for adapter in adapters]
     except AdapterMismatchError:  # one of them is of another family after all
-        return list(adapters)
+        return _of_one_side(adapters)
+
+
+def _of_one_side(adapters: Sequence[Adapter]) -> list[Adapter]:
+    sides = {side_of(name): (adapter.name, name) for adapter in adapters for _, name, _ in adapter}
+    if {"checkpoint", "diffusers"} <= sides.keys():
+        (one, ours), (other, theirs) = sides["checkpoint"], sides["diffusers"]
+        raise TargetError(
+            f"merge: {ours!r} of {one!r} is the checkpoint's name of a layer, {theirs!r} of {other!r} Diffusers'; "
+            "one layer could stand in the merge twice: name a pipeline folder (--base)"
+        )
+    return list(adapters)
 
 
 def _has_live_names(adapter: Adapter, models: Mapping[str, nn.Module]) -> bool:
@@ -71,4 +84,17 @@ def _under_its_own_names(adapter: Adapter, to: str) -> Adapter:
             f"{to}: {some(found)} are layer names of the checkpoint, which Diffusers' model calls otherwise; "
             "name a pipeline folder (--base)"
         )
+    own = adapter.spelling not in _IN_DIFFUSERS_NAMES or to in _IN_DIFFUSERS_NAMES
+    own = own or family_for(adapter).name in _SAME_NAMES
+    if found := [name for _, name, _ in adapter if not own and _would_be_ignored(name, to)]:
+        raise TargetError(
+            f"{to}: {some(found)} are layer names of Diffusers' model; tools that read {to} files know the checkpoint's"
+            " names and would leave them out: name a pipeline folder (--base)"
+        )
     return with_encoders(adapter, to)
+
+
+def _would_be_ignored(name: str, to: str) -> bool:
+    """Whether a layer's name is Diffusers' alone; of U-Nets, ComfyUI's generic files have none of those."""
+    in_unet = to == "comfy" and name.startswith(("down_blocks.", "up_blocks.", "mid_block."))
+    return in_unet or side_of(name) == "diffusers"

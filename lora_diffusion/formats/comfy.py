@@ -22,7 +22,8 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
-from lora_diffusion.formats.keys import is_flattened, is_language_model, is_t5, numbered_as
+from lora_diffusion.formats.encoders import BYT5, numbered_as, second_t5
+from lora_diffusion.formats.keys import is_flattened, is_language_model
 from lora_diffusion.formats.kohya import layer_tensors
 from lora_diffusion.formats.provenance import family_for, named_layers
 
@@ -73,10 +74,15 @@ class Comfy:
                 " has (`convert --base` names it)"
             )
         tensors = bundled(adapter.embeddings, who)
-        numbers = {component: numbered_as(component, adapter.layers) for component in adapter.layers}
+        numbers = {component: numbered_as(component, adapter) for component in adapter.layers}
         prefixes = {component: _PREFIXES[number] for component, number in numbers.items()}
-        if numbers.get("text_encoder_2") == "text_encoder_2" and is_t5(adapter.layers["text_encoder_2"]):
-            prefixes["text_encoder_2"] = "text_encoders.byt5_small.transformer."  # HunyuanImage's
+        if (second := second_t5(adapter)) == "unknown":
+            raise AdapterFileError(
+                f"{who}: ComfyUI calls FLUX's T5 and HunyuanImage's by other names, and neither its width nor"
+                " another component tells whose this text_encoder_2 is; write it beside the pipeline's other layers"
+            )
+        if second == BYT5:
+            prefixes["text_encoder_2"] = f"text_encoders.{BYT5}.transformer."
         if "text_encoder" in prefixes:
             prefixes["text_encoder"] = f"text_encoders.{_first_encoder(adapter)}.transformer."
         for component, name, layer in adapter:

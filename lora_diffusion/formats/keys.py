@@ -11,7 +11,7 @@ separator (which layer; left as it is, for the families to resolve) and a suffix
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -235,16 +235,6 @@ def is_language_model(layers: Iterable[str]) -> bool:
 def is_t5(layers: Iterable[str]) -> bool:
     """Whether the layer names of a text encoder are T5's."""
     return any(layer.replace(".", "_").startswith("encoder_block_") for layer in layers)
-
-
-def numbered_as(component: str, layers: Mapping[str, Mapping[str, object]]) -> str:
-    """The component that it is called in files: FLUX's T5, its second text encoder, is the third there."""
-    is_second = component == "text_encoder_2" and "text_encoder_3" not in layers
-    return (
-        "text_encoder_3"
-        if is_second and is_t5(layers[component]) and is_flux(list(layers.get("transformer", ())))
-        else component
-    )
 
 
 @lru_cache(maxsize=4096)

@@ -23,7 +23,8 @@ from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import Parsed, check_components
 from lora_diffusion.formats.assemble import assemble
 from lora_diffusion.formats.embeddings import bundled
-from lora_diffusion.formats.keys import is_language_model, numbered_as
+from lora_diffusion.formats.encoders import numbered_as
+from lora_diffusion.formats.keys import is_language_model
 from lora_diffusion.formats.provenance import family_for
 
 _OFT = "oft_unet_"
@@ -106,7 +107,7 @@ class Kohya:
         check_components(adapter, _PREFIXES, "kohya")
         first = "lora_prior_te_" if "prior" in adapter.layers else "lora_te_"
         prefixes = {**_PREFIXES, "text_encoder": first} if _has_one_encoder(adapter) else _PREFIXES
-        prefixes = {component: prefixes[numbered_as(component, adapter.layers)] for component in adapter.layers}
+        prefixes = {component: prefixes[numbered_as(component, adapter)] for component in adapter.layers}
         tensors = bundled(adapter.embeddings, who)
         in_lists = any("blocks.0" in layer.tensors for *_, layer in adapter)
         for component, name, layer in adapter:

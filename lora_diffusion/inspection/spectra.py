@@ -2,7 +2,7 @@
 
     LoRA    ΔW = s · U D, thin QR U = Q₁R₁ and Dᵀ = Q₂R₂: s times the singular values of the small R₁R₂ᵀ
     LoHa    (A B) ⊙ (C D) is a product again: rows of A and C, columns of B and D multiplied by pairs, rank r²
-    LoKr    the singular values of w₁ ⊗ w₂ are the products of those of w₁ and w₂
+    LoKr    the singular values of w₁ ⊗ w₂ are the products of those of w₁ and w₂, each as a LoRA's where it is a pair
     others  of the dense ΔW
 
 What depends on the frozen weight (a magnitude, OFT, (IA)³, GLoRA) is the dense ΔW of a base's layers, where there is
@@ -90,8 +90,21 @@ def _of_hadamard(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _of_kronecker(tensors: Mapping[str, Tensor]) -> Tensor:
-    first, second = (torch.linalg.svdvals(factor.flatten(1)) for factor in factors(tensors))
+    first, second = (
+        torch.linalg.svdvals(whole.flatten(1)) if pair is None else _of_product(*pair)
+        for whole, pair in zip(factors(tensors), _halves(tensors), strict=True)
+    )
     return torch.outer(first, second).flatten().sort(descending=True).values
+
+
+def _halves(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor] | None]:
+    """Of each factor of a Kronecker product the pair that it is made of; None where it is whole or has a core."""
+    pairs = [(tensors.get(f"{key}_a"), tensors.get(f"{key}_b")) for key in ("w1", "w2")]
+    whole = ["w1" in tensors, "w2" in tensors or "t2" in tensors]
+    return [
+        None if given or a is None or b is None else (a.flatten(1), b.flatten(1))
+        for given, (a, b) in zip(whole, pairs, strict=True)
+    ]
 
 
 def _of_dense(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -210,7 +223,9 @@ def _size_of_hadamard(tensors: Mapping[str, Tensor]) -> tuple[int, float]:
 
 def _size_of_kronecker(tensors: Mapping[str, Tensor]) -> tuple[int, float]:
     both = [factor.flatten(1) for factor in factors(tensors)]
-    return max(min(factor.shape) for factor in both), math.prod(float(factor.norm()) for factor in both)
+    pairs = zip(both, _halves(tensors), strict=True)
+    ranks = [min(*whole.shape, *([] if pair is None else [len(pair[1])])) for whole, pair in pairs]
+    return max(ranks), math.prod(float(factor.norm()) for factor in both)
 
 
 def _size_of_dense(tensors: Mapping[str, Tensor]) -> tuple[int, float]:

@@ -212,3 +212,39 @@ def test_flattened_names_which_comfyui_would_not_find_are_not_written_for_it(tmp
     with pytest.raises(AdapterFileError, match="'blocks_0_attn_k' are flattened names; ComfyUI needs dotted"):
         save_adapter(adapter, tmp_path / "comfy.safetensors", format="comfy")
     assert not (tmp_path / "comfy.safetensors").exists()
+
+
+T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q"
+CLIP_LAYER = "text_model.encoder.layers.0.mlp.fc1"
+
+
+@pytest.mark.parametrize(
+    ("width", "beside", "comfy", "kohya"),
+    [
+        (4096, {}, "t5xxl", "te3"),
+        (1472, {}, "byt5_small", "te2"),
+        (WIDTH, {CLIP_LAYER: 768}, "t5xxl", "te3"),
+        (WIDTH, {LAYER: 3584}, "byt5_small", "te2"),
+    ],
+)
+def test_a_t5_that_is_second_is_flux_or_hunyuan_images_without_a_denoiser_too(
+    width: int, beside: dict[str, int], comfy: str, kohya: str, tmp_path: Path
+):
+    layers = {"text_encoder_2": {T5_LAYER: random_adapters.low_rank(nn.Linear(width, 8), 2, 3.0)}}
+    if beside:
+        layers["text_encoder"] = {
+            name: random_adapters.low_rank(nn.Linear(each, 8), 2, 3.0) for name, each in beside.items()
+        }
+    for spelling, stem in (
+        ("comfy", f"text_encoders.{comfy}.transformer.{T5_LAYER}.alpha"),
+        ("kohya", f"lora_{kohya}_{T5_LAYER.replace('.', '_')}.alpha"),
+    ):
+        path = save_adapter(Adapter("a", layers), tmp_path / f"{spelling}.safetensors", format=spelling)
+        assert stem in load_file(path)
+
+
+def test_a_t5_of_which_nothing_tells_whose_it_is_is_not_written_for_comfyui(tmp_path: Path):
+    alone = Adapter("a", {"text_encoder_2": {T5_LAYER: random_adapters.low_rank(nn.Linear(WIDTH, 8), 2, 3.0)}})
+    with pytest.raises(AdapterFileError, match="neither its width nor another component tells"):
+        save_adapter(alone, tmp_path / "a.safetensors", format="comfy")
+    assert not list(tmp_path.iterdir())

@@ -205,3 +205,15 @@ def test_large_matrices_are_as_strong_as_their_singular_values_and_the_median_st
     assert found.norm == pytest.approx(math.hypot(*(float(values.norm()) for values in every)), rel=1e-5)
     middle = sorted(every, key=lambda values: float(values.norm()))[1]
     assert found.effective_rank == pytest.approx(effective_rank(middle), rel=1e-5)
+
+
+def test_a_factor_of_a_kronecker_product_that_is_a_pair_costs_what_its_rank_does(monkeypatch: pytest.MonkeyPatch):
+    tensors = {"w1": torch.randn(3, 4), "w2_a": torch.randn(150, 5), "w2_b": torch.randn(5, 170)}
+    dense = torch.linalg.svdvals(torch.kron(tensors["w1"], tensors["w2_a"] @ tensors["w2_b"]) * 2 / 5)
+    sides: list[int] = []
+    found = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: sides.append(max(matrix.shape)) or found(matrix))
+    (row,) = spectra(Adapter("x", {"unet": {"conv_in": LayerAdapter("lokr", tensors, 2.0)}}))
+    assert max(sides) <= 5
+    assert row.norm == pytest.approx(float(dense.norm()), rel=1e-5)
+    assert row.effective_rank == pytest.approx(effective_rank(dense[:15]), rel=1e-4)

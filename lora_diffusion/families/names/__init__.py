@@ -18,6 +18,7 @@ Table = Mapping[str, str | tuple[str, ...]]
 
 
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
+_FLAT_BLOCK = re.compile(r"(?<=_)\d+(?=_)")
 
 #: models of which one layer has the name that the checkpoint gives another
 EXCHANGED = ("HunyuanDiT2DModel",)
@@ -57,6 +58,32 @@ def _numbered() -> frozenset[str]:
     every = [(name, targets) for found in tables.TABLES.values() for table in found for name, targets in table.items()]
     live = {layer for _, targets in every for layer in ((targets,) if isinstance(targets, str) else targets)}
     return frozenset({name for name, _ in every if "{}" in name} - live)
+
+
+def side_of(layer: str) -> str:
+    """Whose name a layer in a numbered block has, dotted or flattened: "checkpoint", "diffusers", or "" of neither.
+
+    "diffusers" says that the checkpoint of a family known here calls that layer otherwise, not that all do.
+    """
+    flat = layer.replace(".", "_")
+    for at in _FLAT_BLOCK.finditer(flat):
+        name = f"{flat[: at.start()]}{{}}{flat[at.end() :]}"
+        if found := next((side for side, names in _sides().items() if name in names), ""):
+            return found
+    return ""
+
+
+@cache
+def _sides() -> dict[str, frozenset[str]]:
+    every = [(name, targets) for found in tables.TABLES.values() for table in found for name, targets in table.items()]
+    named = {name.replace(".", "_") for name, _ in every if "{}" in name}
+    live = {
+        layer.replace(".", "_")
+        for _, targets in every
+        for layer in ((targets,) if isinstance(targets, str) else targets)
+        if "{}" in layer
+    }
+    return {"checkpoint": frozenset(named - live), "diffusers": frozenset(live - named)}
 
 
 def _expand(table: Table, live: Collection[str]) -> dict[str, Place]:
