@@ -164,12 +164,11 @@ def _by_block(strengths: Mapping[tuple[str, str], _Strength]) -> list[Spectrum]:
     groups: dict[tuple[str, str], list[_Strength]] = {}
     for (component, name), strength in strengths.items():
         groups.setdefault((component, block_of(name)), []).append(strength)
-    order = list(dict.fromkeys(component for component, _ in groups))
+    order = sorted(groups, key=lambda group: (group[0], in_order(group[1])))  # as in the coverage report
     return [
         Spectrum(component, block, math.hypot(*(one.norm for one in found)), _median_rank(found), len(found))
-        for (component, block), found in sorted(
-            groups.items(), key=lambda group: (order.index(group[0][0]), in_order(group[0][1]))
-        )
+        for component, block in order
+        for found in [groups[component, block]]
     ]
 
 

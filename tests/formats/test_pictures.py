@@ -19,6 +19,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_diffusion import Adapter, AdapterStack, load_adapter, save_adapter
 from lora_diffusion.adapter import flat, same_layer
@@ -31,7 +32,19 @@ from tests.formats import random_adapters, test_round_trips
 from tests.formats.test_peers import quiet
 
 WEIGHT = 0.7
+
+
+def sd2_of_real_width() -> StableDiffusionPipeline:
+    """Stable Diffusion 2 with an encoder as wide as OpenCLIP's ViT-H, by which its files are known."""
+    pipe = tiny.sd(cross_attention_dim=1024, use_linear_projection=True)
+    torch.manual_seed(3)
+    config = {**pipe.text_encoder.config.to_dict(), "hidden_size": 1024, "num_attention_heads": 2}
+    pipe.register_modules(text_encoder=CLIPTextModel(CLIPTextConfig(**config)))
+    return pipe
+
+
 BUILD = {name: test_round_trips.BUILD[name] for name in ("sd", "sd, 2.x", "sdxl", "sd3", "flux")}
+WIDE = {**BUILD, "sd, 2.x, wide": sd2_of_real_width}
 #: the text encoders that Diffusers' loader takes adapters of
 CLIPS = {
     "sd": ["text_encoder"],
@@ -108,7 +121,7 @@ ENCODERS: dict[tuple[str, str], dict[str, str]] = {
     ("sd3", "kohya"): {"lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3"},
     ("flux", "kohya"): {"lora_te1_": "text_encoder", "lora_te3_": "text_encoder_2"},
     ("sd", "comfy"): {"clip_l": "text_encoder"},
-    ("sd, 2.x", "comfy"): {},  # ComfyUI calls it clip_h
+    ("sd, 2.x, wide", "comfy"): {"clip_h": "text_encoder"},
     ("sdxl", "comfy"): {"clip_l": "text_encoder", "clip_g": "text_encoder_2"},
     ("sd3", "comfy"): {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     ("flux", "comfy"): {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"},
@@ -165,7 +178,7 @@ def add(model: nn.Module, deltas: Mapping[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("family", "spelling"), ENCODERS)
 def test_a_model_with_the_deltas_of_our_file_draws_what_we_draw(family: str, spelling: str, tmp_path: Path):
-    ours, theirs = BUILD[family](), BUILD[family]()
+    ours, theirs = WIDE[family](), WIDE[family]()
     base, encoders = latents(ours), ENCODERS[family, spelling]
     adapter = over(ours, list(encoders.values()))
     named = named_for(adapter, spelling, ours.components)
