@@ -117,6 +117,10 @@ def test_merges_that_cannot_be_are_refused() -> None:
     for wrong in ({"weights": [1.0]}, {"rank": 0}, {"density": 0.0}, {"weights": ["0@0,1@1", 1.0]}):
         with pytest.raises(ConfigError):
             merge([A, B], **wrong)
+    with pytest.raises(ConfigError, match="0 on every layer"):
+        merge([A, B], [0.0, 0.0])
+    with pytest.raises(ConfigError, match="seed is 'x'"):
+        merge([A, B], seed="x")  # type: ignore[arg-type]
     other = LayerAdapter("lora", {"down": torch.zeros(1, 5), "up": torch.zeros(12, 1)}, 1.0)
     with pytest.raises(AdapterMismatchError, match=r"\(12, 5\)"):
         merge([A, Adapter("c", {"unet": {"mid_block.to_q": other}})])

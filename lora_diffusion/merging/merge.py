@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -69,9 +69,13 @@ def merge(
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights, method, rank, density)
+    if not isinstance(given := cast("Any", seed), int):
+        raise ConfigError(f"merge: seed is {given!r}; expected a whole number")
     adapters = [at_full_rank(adapter, "merge") for adapter in adapters]
     how = _How(method, rank, density, torch.Generator().manual_seed(seed))
     shares = shares_of(adapters, weights, None if base is None else models_of(base))
+    if not shares and any(len(adapter) for adapter in adapters):
+        raise ConfigError("merge: the weights are 0 on every layer; nothing would be left to write")
     layers: dict[str, dict[str, LayerAdapter]] = {}
     kept = whole = 0.0
     for done, ((component, layer), parts) in enumerate(shares.items()):
