@@ -98,11 +98,11 @@ def draw_order(
 ) -> list[tuple[Image.Image, dict[str, Any]]]:
     """(picture, recipe) for each of the order, every picture with its own mix of the stack's adapters."""
     made: list[tuple[Image.Image, dict[str, Any]]] = []
-    for start in range(0, len(order.prompts), how.batch):
-        part = order.part(start, how.batch)
+    parts = [order.part(start, how.batch) for start in range(0, len(order.prompts), how.batch)]
+    said = [recipes(part, how, base, precision, stack) for part in parts]  # refuses before work
+    for part, each in zip(parts, said, strict=True):
         stack.weigh_all(by_image(part.weights))
-        said = [recipe(part, i, how, base, precision, stack) for i in range(len(part.prompts))]  # refuses before work
-        made += zip(draw(pipe, part.prompts, part.seeds, how), said, strict=True)
+        made += zip(draw(pipe, part.prompts, part.seeds, how), each, strict=True)
         listen(len(made))
     return made
 
@@ -121,12 +121,10 @@ def _arguments(pipe: Any, how: Drawing, count: int) -> dict[str, Any]:
     return arguments
 
 
-def recipe(
-    order: Order, index: int, how: Drawing, base: str, precision: str | None, stack: AdapterStack
-) -> dict[str, Any]:
-    """How picture `index` of one batch was made, as JSON can say it; adapters by content hash.
+def recipes(order: Order, how: Drawing, base: str, precision: str | None, stack: AdapterStack) -> list[dict[str, Any]]:
+    """How each picture of one batch was made, as JSON can say it; adapters by content hash.
 
-    It holds the whole batch: the last bits of a picture can depend on what is drawn beside it. Masks are in it as
+    Each holds the whole batch: the last bits of a picture can depend on what is drawn beside it. Masks are in it as
     pictures, each once, by the hash of their pixels.
     """
     adapters: list[dict[str, Any]] = []
@@ -134,13 +132,22 @@ def recipe(
     for name in stack:
         adapter, row = stack[name], order.weights.get(name, [stack.weights[name]] * len(order.seeds))
         said: dict[str, Any] = {"name": name, "file": str(adapter.source or ""), "sha256": stack.content_hash(name)}
-        weights = [spell_weight(one, masks) for one in row]
-        adapters.append({**said, "weight": weights[index], "weights": weights})
-    drawing = {"steps": how.steps, "guidance": how.guidance, "size": how.size, "negative": how.negative}
-    batch = {"index": index, "prompts": list(order.prompts), "seeds": list(order.seeds)}
-    picture = {"prompt": order.prompts[index], "seed": order.seeds[index], "base": base, "precision": precision}
-    mixed = {"compose": asdict(stack.composition), "adapters": adapters, "masks": masks}
-    return {**picture, **drawing, **mixed, "batch": batch}
+        adapters.append({**said, "weights": [spell_weight(one, masks) for one in row]})
+    sampling = {"steps": how.steps, "guidance": how.guidance, "size": how.size, "negative": how.negative}
+    drawing = {"base": base, "precision": precision, **sampling}
+    batch = {"prompts": list(order.prompts), "seeds": list(order.seeds)}
+    return [
+        {
+            "prompt": order.prompts[index],
+            "seed": order.seeds[index],
+            **drawing,
+            "compose": asdict(stack.composition),
+            "adapters": [{**one, "weight": one["weights"][index]} for one in adapters],
+            "masks": masks,
+            "batch": {"index": index, **batch},
+        }
+        for index in range(len(order.prompts))
+    ]
 
 
 def save_picture(picture: Image.Image, path: Path, made: dict[str, Any]) -> None:

@@ -35,6 +35,11 @@ class Library:
         """Every adapter in it, sorted; links that lead out are not in it. ConfigError where there is no such folder."""
         return self._inside("*.safetensors")
 
+    @cached_property
+    def pictures(self) -> list[Path]:
+        """Every picture in it, likewise."""
+        return [path for path in self._inside("*") if path.suffix.lower() in _PICTURES]
+
     def find(self, name: str) -> Path:
         """The adapter called `name` (without its ending). TargetError for an unknown or ambiguous name."""
         paths = {path.relative_to(self.folder).with_suffix("").as_posix(): path for path in self.files}
@@ -42,8 +47,7 @@ class Library:
 
     def mask(self, name: str) -> Path:
         """The picture called `name`, with its ending. TargetError for an unknown or ambiguous name."""
-        pictures = [path for path in self._inside("*") if path.suffix.lower() in _PICTURES]
-        paths = {path.relative_to(self.folder).as_posix(): path for path in pictures}
+        paths = {path.relative_to(self.folder).as_posix(): path for path in self.pictures}
         return paths[self._long("mask", name, paths)]
 
     def _inside(self, pattern: str) -> list[Path]:

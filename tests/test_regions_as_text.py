@@ -35,6 +35,13 @@ def picture(folder: Path, name: str = "left.png", half: np.ndarray = HALF) -> Pa
     return path
 
 
+def packed(region: Region) -> tuple[str, str]:
+    """(hash of the pixels, the mask as a recipe holds it)."""
+    masks: dict[str, str] = {}
+    key = write_mask(region, masks)
+    return key, masks[key]
+
+
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
@@ -60,6 +67,9 @@ def test_a_mask_is_one_more_part_of_any_weight(tmp_path: Path) -> None:
         assert parse_weight(text) == Region(torch.tensor(HALF), inside)
         assert parse_weight(text) != Region(torch.tensor(HALF), 0.3)
         assert parse_weight(text) != Region(torch.tensor(1 - HALF), inside)
+    windows: list[str] = []
+    assert parse_weight(r"0.3:mask=C:\masks\left.png", lambda name: windows.append(name) or left) == Region(HALF, 0.3)
+    assert windows == [r"C:\masks\left.png"]
     for bad in ("0.8:mask=", f"mask={left}:mask={left}", f"0.8:te=1:mask={left}", f"x:mask={left}"):
         with pytest.raises(ConfigError, match="weight"):
             parse_weight(bad)
@@ -67,6 +77,34 @@ def test_a_mask_is_one_more_part_of_any_weight(tmp_path: Path) -> None:
     for gone in ("none.png", "text.png"):
         with pytest.raises(ConfigError, match=gone):
             parse_weight(f"0.8:mask={tmp_path / gone}")
+
+
+def test_a_mask_of_any_kind_is_read_as_it_looks(tmp_path: Path) -> None:
+    half = (HALF * 255).astype(np.uint8)
+    white = np.full((*HALF.shape, 4), 255, np.uint8)
+    quarter = HALF.astype(np.uint16) * 0x4040
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown turned by 90 degrees
+    kinds: dict[str, tuple[Image.Image, np.ndarray]] = {
+        "transparent.png": (Image.fromarray(np.dstack([white[..., :3], half])), HALF),
+        "opaque.png": (Image.fromarray(np.dstack([half] * 3 + [white[..., 3]])), HALF),
+        "grey.webp": (Image.fromarray(np.dstack([white[..., 0], half]), "LA"), HALF),
+        "deep.png": (Image.fromarray(quarter), HALF * np.float32(64 / 255)),
+        "deeper.tiff": (Image.fromarray(quarter.astype(np.int32)), HALF * np.float32(64 / 255)),
+        "floats.tiff": (Image.fromarray(HALF * np.float32(0.3)), HALF * np.float32(0.3)),
+        "bits.png": (Image.fromarray(half).convert("1"), HALF),
+        "palette.png": (Image.fromarray(half).convert("P"), HALF),
+        "one.png": (Image.new("L", (1, 1), 255), np.ones((1, 1), np.float32)),
+    }
+    for name, (drawn, expected) in kinds.items():
+        drawn.save(tmp_path / name, lossless=True)
+        assert np.array_equal(Region(tmp_path / name).pixels.numpy(), expected), name
+    assert mask_again(*packed(Region(tmp_path / "deep.png"))).getpixel((0, 0)) == 64
+    Image.fromarray(half).save(tmp_path / "turned.png", exif=turned)
+    assert np.array_equal(Region(tmp_path / "turned.png").pixels.numpy(), np.rot90(HALF, -1))
+    for nothing in (None, b"x", object()):
+        with pytest.raises(ConfigError, match="expected a picture, its path or an array"):
+            Region(nothing)
 
 
 def test_a_rectangle_is_the_mask_of_its_pixels() -> None:
@@ -103,8 +141,14 @@ def test_a_mask_in_a_prompt_is_a_picture_of_the_library_alone(tmp_path: Path) ->
     for outside in ("../secret.png", str(secret), "link.png", "a/../left.png", "secret.png"):
         with pytest.raises(TargetError, match="no mask"):
             parse_prompt(f"<lora:ink:mask={outside}>", library)
+    for part in ("unet=mask=", "te=1:up.0=mask=", "mask=left.png:unet=mask="):
+        with pytest.raises(TargetError, match="no mask"):
+            parse_prompt(f"<lora:ink:{part}{secret}>", library)
+    assert parse_prompt("<lora:ink:te=1:unet=mask=left.png>", library)[1] == {"ink": {"te": 1.0, "unet": Region(HALF)}}
     with pytest.raises(ConfigError, match="there is none"):
         parse_prompt(f"<lora:ink:mask={secret}>")
+    with pytest.raises(ConfigError, match="there is none"):
+        parse_prompt(f"<lora:ink:unet=mask={secret}>")
     assert parse_prompt("<lora:ink:0.5:mask=0-0.5,0-1>")[1] == {"ink": Region("0-0.5,0-1", 0.5)}
     _, mixes = parse_prompts(["x <lora:ink:mask=left.png>", "y <lora:ink:mask=left.png>"], library)
     assert by_image(mixes) == {"ink": Region(HALF)}  # one region, not one an image
@@ -120,15 +164,15 @@ def test_a_region_is_written_down_whole_and_once() -> None:
     with pytest.raises(ConfigError, match="is not there"):
         read_weight(said, {})
     with pytest.raises(ConfigError, match="not those"):
-        read_weight(said, {key: write_mask(Region(HALF))[1] for key in masks})
+        read_weight(said, dict.fromkeys(masks, packed(Region(HALF))[1]))
     with pytest.raises(ConfigError, match="8 bits"):
-        write_mask(Region(torch.full((2, 2), 0.3)))
+        packed(Region(torch.full((2, 2), 0.3)))
     noise = torch.randint(0, 256, (1100, 1100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ConfigError, match="at most 1 MiB"):
-        write_mask(Region(noise))
+        packed(Region(noise))
     with pytest.raises(ConfigError, match="cannot be written down"):
         spell_weight(Region(HALF))
-    key, text = write_mask(Region(soft))
+    key, text = packed(Region(soft))
     data = b64decode(text)
     for broken in (data[:20], data[:-30], b"", data[:45] + b"\x00\x01" + data[47:]):
         with pytest.raises(ConfigError, match=key[:12]):
@@ -187,7 +231,7 @@ def test_from_a_picture_alone_the_same_pixels_without_its_masks(shelf: Path) -> 
     text = Image.open(shelf / "x-2.png").text[RECIPE]  # type: ignore[attr-defined]
     said = json.loads(text)
     assert len(said["masks"]) == 1
-    said["masks"] = {key: write_mask(Region(HALF))[1] for key in said["masks"]}
+    said["masks"] = dict.fromkeys(said["masks"], packed(Region(HALF))[1])
     info = PngInfo()
     info.add_text(RECIPE, json.dumps(said))
     Image.open(shelf / "x-2.png").save(shelf / "turned.png", pnginfo=info)
@@ -199,11 +243,32 @@ def test_a_mask_that_a_recipe_cannot_hold_is_refused_before_anything_is_drawn(sd
         stack.add(adapter(sd))
         calls: list[object] = []
         hook = sd.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-        order = Order(["x"], [0], {"a": [Region(torch.full((4, 4), 0.3))]})
+        order = Order(["x"] * 9, list(range(9)), {"a": [1.0] * 8 + [Region(torch.full((4, 4), 0.3))]})
         with pytest.raises(ConfigError, match="8 bits"):
             draw_order(sd, stack, order, Drawing(1, size=(32, 32)), "base", None)
         hook.remove()
         assert not calls
+
+
+def test_a_mask_is_packed_once_for_all_pictures_of_a_batch(sd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with AdapterStack(sd) as stack:
+        stack.add(adapter(sd))
+        packings: list[object] = []
+        save = Image.Image.save
+        monkeypatch.setattr(Image.Image, "save", lambda *given, **more: packings.append(1) or save(*given, **more))
+        order = Order(["x"] * 4, list(range(4)), {"a": [Region(HALF) for _ in range(4)]})
+        made = draw_order(sd, stack, order, Drawing(1, size=(32, 32)), "base", None)
+    assert len(packings) == len(made[0][1]["masks"]) == 1
+    assert [said["batch"]["index"] for _, said in made] == [0, 1, 2, 3]
+
+
+def test_the_library_is_walked_once_for_any_number_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path)
+    walks: list[str] = []
+    walk = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: walks.append(pattern) or walk(folder, pattern))
+    parse_prompts(["x <lora:ink:mask=left.png>"] * 5, Library(tmp_path))
+    assert walks == ["*"]
 
 
 def test_a_grid_of_regions(shelf: Path) -> None:

@@ -1,8 +1,8 @@
 """Regions: where in the picture an adapter acts, resampled to the token grid of each layer.
 
-A mask covers the picture as it is shown; 1 is full weight, 0 none. Each layer sees it averaged down to its own
-grid. Places without a position in the picture (text tokens of cross and joint attention, time and pooled
-embeddings, text encoders) take the mask's mean, so that a full mask is no mask and an empty one is the base.
+A mask covers the picture as it is shown; 1 is full weight, 0 none, and what is transparent is 0. Each layer sees it
+averaged down to its own grid. Places without a position in the picture (text tokens of cross and joint attention, time
+and pooled embeddings, text encoders) take the mask's mean, so that a full mask is no mask and an empty one is the base.
 
 As text a mask is a file's path or a rectangle: `0-0.5,0-1` is the left half, `0-1,0.5-1` the lower one (from-to
 across, from-to downwards, as shares of the picture).
@@ -17,10 +17,12 @@ import hashlib
 import io
 import re
 import zlib
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,11 +85,10 @@ def read_mask(mask: Any) -> Tensor:
         return _rectangle(mask)
     if isinstance(mask, str | Path):
         mask = _opened(Path(mask))
-    if hasattr(mask, "convert"):
-        mask = mask.convert("L")
-        pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width)
-    else:
-        pixels = torch.as_tensor(mask)
+    try:
+        pixels = _greys(mask) if hasattr(mask, "convert") else torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"mask {mask!r:.60}: {error}; expected a picture, its path or an array") from None
     if pixels.dim() == 3 and pixels.shape[0] == 1:
         pixels = pixels[0]
     numbers = pixels.detach().cpu().float() / (255 if pixels.dtype == torch.uint8 else 1)
@@ -99,13 +100,27 @@ def read_mask(mask: Any) -> Tensor:
 
 
 def _opened(path: Path) -> Any:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
-            return picture.convert("L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return ImageOps.exif_transpose(picture)  # a copy, decoded
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         raise ConfigError(f"mask {path}: {error}") from None
+
+
+def _greys(picture: Any) -> Tensor:
+    """(height, width): uint8, or float32 in 0..1 of 16-bit greys, which Pillow would clip. What is transparent is 0."""
+    from PIL import Image
+
+    if picture.mode == "F":
+        return torch.from_numpy(np.array(picture))
+    if picture.mode.startswith("I"):  # rounded to the 256 levels that a recipe holds
+        return (torch.from_numpy(np.array(picture).astype(np.float32)) / 257).round() / 255
+    if picture.has_transparency_data:
+        ground = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+    return torch.from_numpy(np.array(picture.convert("L")))
 
 
 def is_rectangle(text: str) -> bool:
@@ -127,10 +142,11 @@ def _rectangle(text: str) -> Tensor:
     return torch.outer(down, across).float()
 
 
-def write_mask(region: Region) -> tuple[str, str]:
-    """(sha256 of the pixels, the mask as a PNG of one channel in base64): all that makes it again.
+def write_mask(region: Region, masks: MutableMapping[str, str]) -> str:
+    """The sha256 of the pixels, under which `masks` then holds the mask as a PNG of one channel in base64.
 
-    ConfigError for values between the 256 that 8 bits have, or a PNG of more than 1 MiB.
+    One that is there already is not packed again. ConfigError for values between the 256 that 8 bits have, or a PNG
+    of more than 1 MiB.
     """
     from PIL import Image
 
@@ -139,12 +155,15 @@ def write_mask(region: Region) -> tuple[str, str]:
         raise ConfigError(f"{region!r} cannot be written down: it has values between those of 8 bits; give uint8")
     height, width = levels.shape
     data = levels.contiguous().numpy().tobytes()
+    if (key := _hash(width, height, data)) in masks:
+        return key
     file = io.BytesIO()
     Image.frombytes("L", (width, height), data).save(file, "PNG", optimize=True)
     if len(file.getvalue()) > LARGEST or height * width > _PIXELS:
         size = f"{width}x{height} pixels, {len(file.getvalue()) / 2**20:.1f} MiB as PNG"
         raise ConfigError(f"{region!r} cannot be written down: {size}, expected at most 1 MiB; scale it to 1024x1024")
-    return _hash(width, height, data), base64.b64encode(file.getvalue()).decode("ascii")
+    masks[key] = base64.b64encode(file.getvalue()).decode("ascii")
+    return key
 
 
 def mask_again(key: str, text: str) -> Any:

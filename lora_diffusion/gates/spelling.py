@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lora_diffusion.gates.masks import Region, is_rectangle, mask_again, write_m
 from lora_diffusion.gates.schedules import Keyframes, Window, parse_schedule
 
 Find = Callable[[str], str | Path]  # a mask's name as it was written -> its file
+_BETWEEN = re.compile(r":(?![\\/])")  # not the colon of C:\left.png
 
 
 def parse_weight(text: str, find: Find = Path) -> Any:
@@ -20,17 +22,17 @@ def parse_weight(text: str, find: Find = Path) -> Any:
     A mask is a rectangle (`mask=0-0.5,0-1`) or the name of a picture, which `find` turns into its path. ConfigError
     for anything else.
     """
-    parts = [part.partition("=") for part in text.split(":")] if "=" in text else []
+    parts = [part.partition("=") for part in _BETWEEN.split(text)] if "=" in text else []
     if masks := [value.strip() for name, _, value in parts if name.strip() == "mask"]:
         if len(masks) > 1 or not masks[0]:
             raise ConfigError(f"weight {text!r}: expected one mask, such as 0.8:mask=left.png or 0.8:mask=0-0.5,0-1")
         rest = ":".join("".join(part) for part in parts if part[0].strip() != "mask")
         mask = masks[0] if is_rectangle(masks[0]) else find(masks[0])
-        return Region(mask, parse_weight(rest) if rest else 1.0)
+        return Region(mask, parse_weight(rest, find) if rest else 1.0)
     if parts:
         if not all(name.strip() and value.strip() for name, _, value in parts):
             raise ConfigError(f"weight {text!r}: expected parts such as te=0.5:unet=1")
-        return {name.strip(): parse_weight(value) for name, _, value in parts}
+        return {name.strip(): parse_weight(value, find) for name, _, value in parts}
     if "@" in text:
         parse_schedule(text)
         return text
@@ -58,9 +60,7 @@ def spell_weight(weight: Any, masks: MutableMapping[str, str] | None = None) -> 
     if isinstance(weight, Region) and isinstance(weight.mask, str) and is_rectangle(weight.mask):
         return {"mask": weight.mask, "weight": spell_weight(weight.weight, masks)}
     if isinstance(weight, Region) and masks is not None:
-        key, picture = write_mask(weight)
-        masks[key] = picture
-        return {"mask": key, "weight": spell_weight(weight.weight, masks)}
+        return {"mask": write_mask(weight, masks), "weight": spell_weight(weight.weight, masks)}
     if isinstance(weight, Keyframes | Window):
         return str(weight)
     if isinstance(weight, int | float | str):
