@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lora_diffusion import Adapter, save_adapter
@@ -16,10 +18,13 @@ from lora_diffusion.merging import bake
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.pipelines import load_pipeline
 from lora_diffusion.quantize import dequantize, is_quantized, load_quantized, quantize, save_quantized
+from lora_diffusion.quantize.layers import is_four_bit
 from lora_diffusion.targets import find_targets
 from tests import tiny, tiny_families
 from tests.test_gates import adapter
 from tests.test_generating import run
+
+baking = import_module("lora_diffusion.merging.bake")  # the package calls its function so
 
 
 @pytest.fixture
@@ -132,6 +137,39 @@ def test_a_base_in_eight_bits_is_baked_where_a_precision_is_named(sd: Any, base:
     name = next(iter(one.layers["unet"]))
     wanted = dequantize(sd.unet.get_submodule(name)) + delta_of(one, name)
     torch.testing.assert_close(dense.get_submodule(name).weight, wanted, rtol=1e-5, atol=1e-6)
+
+    faint = of_relative_norm(sd.unet, 0.01)
+    with pytest.raises(ConfigError, match="would survive in nf4, expected at least"):
+        bake(base, [(faint, 1.0)], tmp_path / "four", precision="nf4")
+    assert bake(base, [(faint, 1.0)], tmp_path / "four", precision="nf4", force=True).survival.cosine < 0.5
+    four = load_pipeline(tmp_path / "four", precision="nf4", device="cpu").pipe.unet
+    small = [layer for layer in four.modules() if is_quantized(layer)]
+    assert small
+    assert all(map(is_four_bit, small))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O"), KeyboardInterrupt()])
+def test_a_bake_that_breaks_off_leaves_nothing(
+    sd: Any, base: Path, tmp_path: Path, precision: Any, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = of_relative_norm(sd.unet, 2.0)
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patched:
+
+        def full(*_: object, **__: object) -> None:
+            raise error
+
+        patched.setattr(type(sd.vae), "save_pretrained", full)  # when the text encoder is there already
+        patched.setattr(baking, "save_quantized", full)
+        for name in ("new", "empty"):
+            with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ConfigError):
+                bake(base, [(one, 1.0)], tmp_path / name, precision=precision)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "empty"]
+    assert not list((tmp_path / "empty").iterdir())
+    assert bake(base, [(one, 1.0)], tmp_path / "empty", precision=precision).folder == tmp_path / "empty"
+    assert load_pipeline(tmp_path / "empty", precision=precision, device="cpu").pipe.unet is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "empty"]
 
 
 def test_a_family_s_own_layers_stay_in_sixteen_bits(tmp_path: Path) -> None:

@@ -7,12 +7,16 @@ that is in 4 bits already, what no adapter is on keeps its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lora_diffusion.adapter import DENOISERS, Adapter
@@ -55,8 +59,8 @@ def bake(
 
     `precision` None: as the base's denoiser is stored. "nf4" writes the denoiser as `save_quantized` does, and raises
     ConfigError where less than 0.9 of the delta survives, by share or by cosine, unless `force`. ConfigError too for a
-    folder that is not empty, a weight by step, image or place, and a base in int8 without a precision;
-    AdapterMismatchError for an adapter of another model.
+    folder that is not empty or cannot be written, a weight by step, image or place, and a base in int8 without a
+    precision; AdapterMismatchError for an adapter of another model. After a failure `out` is as it was.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -64,6 +68,8 @@ def bake(
     opened = load_for_drawing(base, None, "cpu")
     pipe, denoiser = opened.pipe, denoiser_of(opened.pipe)
     into, held = precision or _stored(base, opened), made_dense(denoiser)
+    if not any(map(is_four_bit, held.values())):
+        held = dict[str, nn.Module]()  # a base in int8 is dense from here on
     with quiet():
         pipe.to(dtype=torch.float32)
     small = to_quantise(denoiser, kept_layers(pipe), held) if into == "nf4" else {}
@@ -81,13 +87,30 @@ def bake(
             )
     touched = {name for component in DENOISERS for name in stack.slots.get(component, {})}
     stack.bake()
-    with quiet():
+    with quiet(), _whole(out) as draft:
         if into == "nf4":
             still = {name: layer for name, layer in held.items() if name not in touched}
-            _save_nf4(pipe, out, opened.dtype if held else torch.bfloat16, small, still)
+            _save_nf4(pipe, draft, opened.dtype if held else torch.bfloat16, small, still)
         else:
-            pipe.to(dtype=DTYPES[into]).save_pretrained(out, safe_serialization=True)
+            pipe.to(dtype=DTYPES[into]).save_pretrained(draft, safe_serialization=True)
     return Baked(out, into, left)
+
+
+@contextmanager
+def _whole(out: Path) -> Generator[Path]:
+    """A folder beside `out` that takes its place when all is written. ConfigError, and neither, where it cannot be."""
+    out = out.resolve()
+    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if out.exists():
+            out.rmdir()  # empty, or it would have been refused
+        draft.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{out}: cannot be written ({error}); nothing was changed") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def made_dense(denoiser: nn.Module) -> dict[str, nn.Module]:
