@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -16,8 +17,11 @@ from lora_diffusion.formats.provenance import family_for
 
 #: spellings whose layers Diffusers' models name
 _IN_DIFFUSERS_NAMES = ("diffusers", "peft")
-#: families whose checkpoint calls its layers as Diffusers does
-_SAME_NAMES = ("Qwen-Image",)
+#: family -> those layers (flattened) that its checkpoint calls as Diffusers does
+_SAME_NAMES = {
+    "Qwen-Image": re.compile(r".*"),
+    "LTX": re.compile(r"transformer_blocks_\d+_\w*(attn|ff)\w*_(to_[qkv]|to_out_0|net_0_proj|net_2)"),
+}
 #: families that cannot be told apart -> one that has all their layers' names
 _NAMED_LIKE = {"Stable Diffusion 1.x or 2.x": "Stable Diffusion 2.x"}
 
@@ -85,8 +89,8 @@ def _under_its_own_names(adapter: Adapter, to: str) -> Adapter:
             "name a pipeline folder (--base)"
         )
     own = adapter.spelling not in _IN_DIFFUSERS_NAMES or to in _IN_DIFFUSERS_NAMES
-    own = own or family_for(adapter).name in _SAME_NAMES
-    if found := [name for _, name, _ in adapter if not own and _would_be_ignored(name, to)]:
+    same = _SAME_NAMES.get(family_for(adapter).name)
+    if found := [name for component, name, _ in adapter if not own and _would_be_ignored(component, name, to, same)]:
         raise TargetError(
             f"{to}: {some(found)} are layer names of Diffusers' model; tools that read {to} files know the checkpoint's"
             " names and would leave them out: name a pipeline folder (--base)"
@@ -94,7 +98,12 @@ def _under_its_own_names(adapter: Adapter, to: str) -> Adapter:
     return with_encoders(adapter, to)
 
 
-def _would_be_ignored(name: str, to: str) -> bool:
-    """Whether a layer's name is Diffusers' alone; of U-Nets, ComfyUI's generic files have none of those."""
+def _would_be_ignored(component: str, name: str, to: str, same: re.Pattern[str] | None) -> bool:
+    """Whether a layer's name is Diffusers' alone; of U-Nets, ComfyUI's generic files have none of those.
+
+    `same`: names of the denoiser's layers that are the checkpoint's too, all of them, where the family is known.
+    """
+    if same is not None and component == "transformer":
+        return not same.fullmatch(name.replace(".", "_"))
     in_unet = to == "comfy" and name.startswith(("down_blocks.", "up_blocks.", "mid_block."))
     return in_unet or side_of(name) == "diffusers"

@@ -68,6 +68,9 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"(layers|noise_refiner)_\d+_(attention|attn|feed_forward)", "Lumina 2 or Z-Image"),
 )
 
+#: block and kind of an attention's projection in Diffusers' names (flattened) of transformers
+_ATTENTION = re.compile(r"transformer_blocks_(\d+)_(attn[12]?)_(?:to_[qkv]|add_[qkv]_proj|to_out_0|to_add_out)$")
+
 
 def family_of(layers: Iterable[Named]) -> Family:
     """The model family that these layers belong to; `UNKNOWN` where nothing tells."""
@@ -123,6 +126,8 @@ def _transformer(layers: list[tuple[str, int]]) -> Family:
     names = [name for name, _ in layers]
     widths = {width for _, width in layers}
     name = next((family for pattern, family in _NAMES if any(re.search(pattern, name) for name in names)), None)
+    if name in (None, "Stable Diffusion 3") and (found := _attention_alike(layers)):
+        return found
     if name is None:
         return UNKNOWN
     if name == "FLUX.1":
@@ -133,6 +138,26 @@ def _transformer(layers: list[tuple[str, int]]) -> Family:
     if name == "Lumina 2 or Z-Image":
         name = "Z-Image" if 3840 in widths else "Lumina 2" if 2304 in widths else name
     return _family(name, "its layers are named like that")
+
+
+def _attention_alike(layers: list[tuple[str, int]]) -> Family | None:
+    """The family of attention that Diffusers calls alike in several, by its width and number; None leaves it to names.
+
+    Stable Diffusion 3 is 1,536 or 2,432 wide; Qwen-Image is as wide as FLUX.1 and HunyuanVideo, with three times their
+    blocks. LTX has self- and cross-attention 2,048 or 4,096 wide; CogView of that width has the first alone.
+    """
+    found = [(match, width) for name, width in layers if (match := _ATTENTION.match(name)) and width >= 1024]
+    widths, kinds = {width for _, width in found}, {match[2] for match, _ in found}
+    if not found or widths & {1536, 2432}:
+        return None
+    why = f"its attention is {max(widths):,} wide"
+    if {"attn1", "attn2"} <= kinds:
+        return _family("LTX", why) if widths <= {2048, 4096} else None
+    if kinds != {"attn"}:
+        return None
+    if widths == {3072} and max(int(match[1]) for match, _ in found) >= 20:
+        return _family("Qwen-Image", f"{why}, in more than 20 blocks")
+    return _family("FLUX.2", why) if widths == {6144} else UNKNOWN
 
 
 def _flux_like(names: list[str], widths: set[int]) -> Family:
