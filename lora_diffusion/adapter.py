@@ -58,6 +58,15 @@ class LayerAdapter:
 
     __hash__ = None  # type: ignore[assignment]  # compares by value, and tensors can change
 
+    def copy(self) -> LayerAdapter:
+        """The same in memory of its own."""
+        return replace(self, tensors={name: tensor.clone() for name, tensor in self.tensors.items()})
+
+    def cast(self, dtype: torch.dtype) -> LayerAdapter:
+        """The same with its floating tensors in `dtype`."""
+        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.tensors.items()}
+        return replace(self, tensors=cast)
+
 
 @dataclass(eq=False)
 class Adapter:

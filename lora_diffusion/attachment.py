@@ -28,6 +28,7 @@ from lora_diffusion.lora import Part, Slot, place, slot_of, take_off
 from lora_diffusion.methods import METHODS, Course, Method, outline, resumed, written
 from lora_diffusion.methods.lora import LoRA
 from lora_diffusion.methods.starts import StartBranch, difference, first_half
+from lora_diffusion.packing import uncollected
 from lora_diffusion.pairs import Pair
 from lora_diffusion.products import pair_norm
 from lora_diffusion.targets import Targets, find_targets
@@ -136,7 +137,7 @@ class Attachment:
         layers = {layer: _layer_adapter(slot, self._fresh[layer]) for layer, slot in self.slots.items()}
         for layer, start in self._starts.items():
             layers[layer] = difference(layers[layer], start)
-        cast = {layer: _cast(one, dtype) for layer, one in written(layers).items()}
+        cast = {layer: one.cast(dtype) for layer, one in written(layers).items()}
         said = self.fading.metadata() if self.fading else {}
         return Adapter(name, {self.component: cast}, metadata=said)
 
@@ -176,6 +177,7 @@ class Attachment:
         return {name: self.model.get_submodule(name) for name in self.slots}
 
 
+@uncollected()
 def attach(
     model: nn.Module,
     method: Method | None = None,
@@ -205,12 +207,11 @@ def attach(
         method = cast("Method", spanning(layers.values()))
     methods = by_layer(method, layers, ranks or {}, alphas or {})
     given = fresh or {}
-    new = {
-        name: given[name] if name in given else methods[name].fresh(layer, generator) for name, layer in layers.items()
-    }
-    away = {name: one for name, one in new.items() if one.method == "lora" and bool(one.tensors["up"].any())}
+    new = {n: given[n] if n in given else methods[n].fresh(layer, generator) for n, layer in layers.items()}
+    away = {name: one for name, one in new.items() if _begins_away(one, None if name in given else methods[name])}
     begun = away.keys() - given.keys()
-    parts = {name: _parts(method, new[name], layer, take_off_start=name in begun) for name, layer in layers.items()}
+    whole = {n: one.copy() if n in away or n in given else one for n, one in new.items()}  # to be trained in
+    parts = {name: _parts(method, whole[name], layer, take_off_start=name in begun) for name, layer in layers.items()}
     dropping = dropout if isinstance(dropout, Dropping) else Dropping(token=dropout)
     if dropping.by_row and any(isinstance(part[0], Branch) for part in parts.values()):
         raise ConfigError(f"method {method.name!r}: dropout is {dropout}, but it has no rank axis to drop from")
@@ -241,6 +242,11 @@ def by_layer(
                 )
             chosen |= {name: replace(cast("Any", chosen[name]), **{setting: value}) for name in names}
     return chosen
+
+
+def _begins_away(new: LayerAdapter, method: Method | None) -> bool:
+    zero = getattr(method, "begins_at_zero", False)  # else it is looked at
+    return new.method == "lora" and not zero and bool(new.tensors["up"].any())
 
 
 def _parts(method: Method, new: LayerAdapter, layer: nn.Module, *, take_off_start: bool) -> list[Part]:
@@ -292,8 +298,3 @@ def _layer_adapter(slot: Slot, fresh: LayerAdapter) -> LayerAdapter:
         tensor = parameter.detach().t() if slot.pairs and key == "up" else parameter.detach()
         tensors[key] = tensor.reshape(fresh.tensors[key].shape).to("cpu", copy=True).contiguous()
     return replace(fresh, tensors=tensors)
-
-
-def _cast(layer: LayerAdapter, dtype: torch.dtype) -> LayerAdapter:
-    cast = {key: t.to(dtype) if t.is_floating_point() else t for key, t in layer.tensors.items()}
-    return replace(layer, tensors=cast)

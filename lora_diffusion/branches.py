@@ -35,11 +35,11 @@ class Branch(nn.Module):
         self.register_buffer("kept", None, persistent=False)
 
     def hold(self, device: torch.device, dtype: torch.dtype, *, trainable: bool) -> Branch:
-        """Copies of the tensors: matrices in `dtype`, vectors and what is trained in float32."""
+        """Contiguous copies of the tensors: matrices in `dtype`, vectors and what is trained in float32."""
         for key, tensor in self.held.items():
             floating = tensor.is_floating_point()
             kind = tensor.dtype if not floating else torch.float32 if trainable or tensor.dim() < 2 else dtype
-            copy = tensor.detach().to(device, kind, copy=True)
+            copy = tensor.detach().to(device, kind, copy=True, memory_format=torch.contiguous_format)
             self.held[key] = nn.Parameter(copy, requires_grad=trainable and floating)
         return self
 

@@ -94,7 +94,8 @@ class Slot(nn.Module):
             super().__setattr__(name, value)
 
     def pack(self, layer: nn.Module, parts: Sequence[Part], *, trainable: bool = False) -> None:
-        """Hold these parts and no others; trainable ones in float32. The gate is to be set anew.
+        """Hold these parts and no others; trainable ones in float32, in the memory that a pair has where that fits. The
+        gate is to be set anew.
 
         Rows that are there already stay or move; rows beyond all, up to `reserve`, are zero. Tensors of the right
         shape are written in place.
@@ -111,9 +112,7 @@ class Slot(nn.Module):
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 old, kind = self._parameters.get(name), (dtype, device)
                 held = None if old is None else old.data
-                packed = repacked(
-                    held, shape, kind, before, blocks, lambda i, n=name, s=shape: pairs[i].rows(n).reshape(-1, *s[1:])
-                )
+                packed = repacked(held, shape, kind, before, blocks, lambda i, n=name: pairs[i].rows(n), take=trainable)
                 if held is None or not held.is_set_to(packed):
                     self._parameters[name] = nn.Parameter(packed, requires_grad=trainable and rows > 0)
         self.packed = () if trainable else tuple(blocks)

@@ -6,6 +6,7 @@ again. Adding the n-th so costs its own rows and, at worst, one copy of those al
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,19 +63,25 @@ def repacked(
     before: Sequence[Block],
     blocks: Sequence[Block],
     rows_of: Callable[[int], Tensor],
+    *,
+    take: bool = False,
 ) -> Tensor:
     """A tensor of `shape` (rows, …) with these blocks and zeros behind; `held`, of the same `kind`, has those before.
 
     `rows_of` gives the rows of a block by its index, and is asked for new ones alone. The tensor lies in the memory of
-    `held` where that has room, else in new memory with room for half as much again.
+    `held` where that has room, else in new memory with room for half as much again. `take`: a block that is alone may
+    give its own memory, to be trained in.
     """
     if held is None and len(blocks) == 1 and blocks[0][1] == shape[0]:  # most slots, when they come
-        return _write(torch.empty(shape, dtype=kind[0], device=kind[1]), rows_of(0))
+        rows = rows_of(0).reshape(shape)
+        if take and (rows.dtype, rows.device) == kind and rows.is_contiguous() and not rows.is_inference():
+            return rows.detach()
+        return _write(torch.empty(shape, dtype=kind[0], device=kind[1]), rows)
     fits = held is not None and (held.dtype, held.device, held.shape[1:]) == (*kind, shape[1:])
     arrangement = arrange(before if fits else (), blocks)
     packed = _moved(held if fits else None, shape, kind, arrangement.kept)
     for index, start in arrangement.new.items():
-        _write(packed[start : start + blocks[index][1]], rows_of(index))
+        _write(packed[start : start + blocks[index][1]], rows_of(index).reshape(-1, *shape[1:]))
     if (filled := sum(rows for _, rows in blocks)) < shape[0]:
         packed[filled:] = 0
     return packed
@@ -116,6 +123,19 @@ def unrecorded() -> Generator[None]:
     else:
         with torch.inference_mode(mode=False), torch.no_grad():
             yield
+
+
+@contextmanager
+def uncollected() -> Generator[None]:
+    """No garbage collection meanwhile: thousands of small objects come that all stay, and each pass would look at
+    everything in the process, 0.3 s and more where large libraries are loaded."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _write(rows: Tensor, source: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lora_diffusion.errors import TargetError, some
 from lora_diffusion.fitting import Site
 from lora_diffusion.layers import is_attention, is_bypassed, is_norm, submodule
 from lora_diffusion.lora import Slot, slot_of
-from lora_diffusion.packing import unrecorded, write_all
+from lora_diffusion.packing import uncollected, unrecorded, write_all
 from lora_diffusion.stacked import Stacked, balance, settled
 from lora_diffusion.targets import Targets, find_targets
 
@@ -51,6 +51,7 @@ class Seating:
         self.reserved |= sites
         return sites
 
+    @uncollected()
     def seat(self, sites: Collection[Site], stacked: Sequence[Stacked], composition: Composition) -> None:
         """Put on these layers what belongs there of all adapters, given in the order they were added.
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import ClassVar
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
-from lora_diffusion import AdapterMismatchError, AdapterStack, LoRA, attach
+from lora_diffusion import AdapterMismatchError, AdapterStack, LayerAdapter, LoRA, attach
 from lora_diffusion.quantize import fingerprint, quantize
 
 
@@ -86,3 +91,36 @@ def test_weight_zero_makes_the_model_its_own_teacher(sd: DiffusionPipeline) -> N
             parameter.data.normal_()
         attachment.weigh(0.0)
         assert torch.equal(sd.unet(**given).sample, base)
+
+
+def test_fresh_tensors_are_trained_where_they_are_and_given_ones_stay_as_they_were(sd: DiffusionPipeline) -> None:
+    with attach(sd.unet, LoRA(3), "attention") as own:
+        drawn = [slot.down.detach().clone() for slot in own.slots.values()]
+        given = own.adapter("mine").layers["unet"]
+    untouched = {name: layer.copy() for name, layer in given.items()}
+    with attach(sd.unet, LoRA(3), "attention", fresh=given) as attachment:
+        assert all(torch.equal(slot.down, down) for slot, down in zip(attachment.slots.values(), drawn, strict=True))
+        for parameter in attachment.parameters():
+            parameter.data.add_(1.0)
+        assert given == untouched
+        assert attachment.adapter("after").layers["unet"] != untouched
+
+
+class _Drawing(LoRA):
+    """Notes what it drew."""
+
+    drawn: ClassVar[list[LayerAdapter]] = []
+
+    def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
+        self.drawn.append(super().fresh(layer, generator))
+        return self.drawn[-1]
+
+
+def test_an_attachment_holds_its_numbers_once(sd: DiffusionPipeline) -> None:
+    with attach(sd.unet, _Drawing(3), "attention") as attachment:
+        addresses = {(slot.down.data_ptr(), slot.up.data_ptr()) for slot in attachment.slots.values()}
+        assert addresses == {tuple(one.tensors[key].data_ptr() for key in ("down", "up")) for one in _Drawing.drawn}
+        alive = [weakref.ref(tensor) for one in _Drawing.drawn for tensor in one.tensors.values()]
+        _Drawing.drawn.clear()
+        gc.collect()
+        assert not any(ref() is not None for ref in alive)

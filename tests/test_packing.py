@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diffusion import AdapterStack
-from lora_diffusion.packing import arrange, repacked
+from lora_diffusion import AdapterMismatchError, AdapterStack
+from lora_diffusion.packing import arrange, repacked, uncollected
 from tests.small import ADAPTERS, Pipe, X, small_adapter
 
 KIND = (torch.float32, torch.device("cpu"))
@@ -66,7 +68,7 @@ def test_adding_reads_only_what_is_new() -> None:
     stack, other = AdapterStack(pipe), AdapterStack(fresh)
     for i in range(6):
         one = small_adapter(f"x{i}", 2, 20 + i)
-        stack.add(one)
+        stack.content_hash(stack.add(one))  # by which it has its place among the others
         for *_, layer in one:
             for tensor in layer.tensors.values():
                 tensor.data.fill_(float("nan"))  # nobody looks at it again
@@ -133,3 +135,19 @@ def test_adapters_come_and_turn_inside_and_outside_of_inference_mode(inside: boo
     other.add(ADAPTERS["a"], 0.3)
     with torch.no_grad():
         assert torch.equal(pipe.unet(X), plain.unet(X))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_afterwards_as_before_whatever_happens(enabled: bool) -> None:
+    was = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with uncollected():
+            assert not gc.isenabled()
+        with pytest.raises(AdapterMismatchError):
+            AdapterStack(Pipe()).add(small_adapter("a", 2, 1, fault="shape"))
+        assert gc.isenabled() == enabled
+        AdapterStack(Pipe()).add(small_adapter("a", 2, 1))
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()

@@ -18,11 +18,13 @@ from lora_diffusion.formats import FORMATS, Format, Parsed, container
 from lora_diffusion.formats.keys import UNNAMED, refused
 from lora_diffusion.formats.peft_config import SIDECAR_KEY
 from lora_diffusion.formats.provenance import hashes, metadata_for
+from lora_diffusion.packing import uncollected
 
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")  # what files of torch.save are called
 _MAX_SIDECAR = 4 << 20  # characters
 
 
+@uncollected()
 def load_adapter(path: str | Path, *, strict: bool = True) -> Adapter:
     """Read an adapter file, or a PEFT folder, in any known spelling; no model is touched.
 

@@ -39,9 +39,9 @@ class LoRA(Ranked):
     def fresh(self, layer: nn.Module, generator: torch.Generator | None = None) -> LayerAdapter:
         """`down` and `up` as `init` says; "kaiming", with a = √5, is microsoft/LoRA's. Float32 on the CPU."""
         row = kernel_shape(layer)
-        if self.init in ("kaiming", "gaussian"):
+        if self.begins_at_zero:
             draw = kaiming if self.init == "kaiming" else gaussian
-            return self.of(layer, draw((self.rank, *row), generator), torch.zeros(out_width(layer), self.rank))
+            return self.of(layer, draw((self.rank, *row), generator), torch.zeros(self.rank, out_width(layer)).t())
         weight, scale = dequantize(layer).flatten(1), self.stored_alpha / self.rank
         return self.of(layer, *(pissa(weight, self.rank, scale) if self.init == "pissa" else olora(weight, self.rank)))
 
@@ -49,8 +49,13 @@ class LoRA(Ranked):
         """A new layer from its factors as matrices, (rank, in) and (out, rank)."""
         row = kernel_shape(layer)
         tensors = {"down": down.reshape(-1, *row), "up": up.reshape(*up.shape, *(1 for _ in row[1:]))}
-        placed = {key: on_host(tensor).contiguous() for key, tensor in tensors.items()}
+        placed = {key: on_host(tensor) for key, tensor in tensors.items()}
         return LayerAdapter(self.name, placed, self.stored_alpha, "tensor")
+
+    @property
+    def begins_at_zero(self) -> bool:
+        """Whether fresh layers change nothing."""
+        return self.init in ("kaiming", "gaussian")
 
     @property
     def frozen(self) -> tuple[str, ...]:
