@@ -179,7 +179,7 @@ def read_recipe(path: Path) -> Remake:
         raise ConfigError(f"{path} carries no recipe; only pictures that lora-diffusion drew do")
     try:
         return _remake(json.loads(text))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: its recipe is not whole ({type(error).__name__}: {error})") from None
 
 

@@ -236,6 +236,10 @@ def test_from_a_picture_alone_the_same_pixels_without_its_masks(shelf: Path) -> 
     info.add_text(RECIPE, json.dumps(said))
     Image.open(shelf / "x-2.png").save(shelf / "turned.png", pnginfo=info)
     assert "not those" in run("generate", "--from", shelf / "turned.png", "-o", shelf / "no.png", fails=ConfigError)
+    info.add_text(RECIPE, text.replace('"steps": 2', '"steps": Infinity'))
+    Image.open(shelf / "x-2.png").save(shelf / "endless.png", pnginfo=info)
+    with pytest.raises(ConfigError, match="not whole"):
+        read_recipe(shelf / "endless.png")
 
 
 def test_a_mask_that_a_recipe_cannot_hold_is_refused_before_anything_is_drawn(sd: Any) -> None:
