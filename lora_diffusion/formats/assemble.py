@@ -122,7 +122,9 @@ def _components(names: list[Key]) -> dict[str, str]:
     known = said & {"unet", "transformer"}
     denoiser = [name.layer for name in names if name.component in (DENOISER, "transformer")]
     found = {DENOISER: known.pop() if len(known) == 1 else denoiser_of(denoiser)}
-    if "text_encoder_3" in said and "text_encoder_2" not in said and is_flux(denoiser):
+    encoders = said & {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    both = encoders == {"text_encoder", "text_encoder_3"} and not denoiser
+    if both or ("text_encoder_3" in said and "text_encoder_2" not in said and is_flux(denoiser)):
         found["text_encoder_3"] = "text_encoder_2"  # kohya counts T5 third; FLUX has no CLIP-G before it
     return found
 
