@@ -59,16 +59,16 @@ class Bare:
         self.unet.load_lora_adapter(self.kind.lora_state_dict(str(file))[0], adapter_name=name, prefix="unet")
 
 
-def adapters(unet: torch.nn.Module, count: int, rank: int) -> list[Adapter]:
-    """Random rank-`rank` pairs on every linear layer inside the transformer blocks."""
-    found = {n: m for n, m in find_targets(unet, "attention+ff").items() if is_linear(m)}
+def adapters(unet: torch.nn.Module, count: int, rank: int, targets: str = "attention+ff") -> list[Adapter]:
+    """Random rank-`rank` pairs in 16 bits on linear layers inside the transformer blocks."""
+    found = {n: m for n, m in find_targets(unet, targets).items() if is_linear(m)}
     made = []
     for number in range(count):
         random = torch.Generator().manual_seed(number)
         layers = {n: LoRA(rank).fresh(layer, random) for n, layer in found.items()}
         for layer in layers.values():
             layer.tensors["up"].normal_(std=0.01, generator=random)
-        made.append(Adapter(f"x{number}", {"unet": layers}))
+        made.append(Adapter(f"x{number}", {"unet": {n: layer.cast(torch.bfloat16) for n, layer in layers.items()}}))
     return made
 
 
@@ -129,7 +129,7 @@ def by_image(tokens: int, width: int, rank: int, rounds: int) -> dict[str, Any]:
 
 
 def turning(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
-    """Weights, swaps, adds and removal on a large U-Net, seconds."""
+    """Weights, adds and removal on a large U-Net, seconds."""
     ours, peers = Bare(None, config, torch.bfloat16), Bare(StableDiffusionXLPipeline, config, torch.bfloat16)
     made, stack, toggle = adapters(ours.unet, 16, rank), AdapterStack(ours), [0.0]
     results: dict[str, Any] = {}
@@ -150,11 +150,24 @@ def turning(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
             },
             rounds,
         )
+    stack.clear()
+    results |= coming_and_going(ours, made, rounds)
+    return results
 
+
+def swapping(config: dict[str, Any], rounds: int, rank: int, targets: str) -> dict[str, Any]:
+    """To the next of seven residents, beside none and beside another adapter, and clearing, seconds.
+
+    Where the next one's place among the rows is another, those of the adapter beside it move too.
+    """
+    ours, peers = Bare(None, config, torch.bfloat16), Bare(StableDiffusionXLPipeline, config, torch.bfloat16)
+    made, stack = adapters(ours.unet, 8, rank, targets), AdapterStack(ours)
+    results: dict[str, Any] = {"layers": len(made[0]), "megabytes": _bytes(made[0]) / 1e6}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [save_adapter(a, Path(folder) / f"{a.name}.safetensors") for a in made[:2]]
         here = [1]
 
         def swap() -> None:
-            """To the next of seven residents; where its place among the rows is another, those of x0 move too."""
             following = here[0] % 7 + 1
             stack.swap(f"x{here[0]}", made[following])
             here[0] = following
@@ -163,15 +176,34 @@ def turning(config: dict[str, Any], rounds: int, rank: int) -> dict[str, Any]:
             weights, _ = peers.kind.lora_state_dict(str(files[1]))
             peers.unet.load_lora_adapter(weights, adapter_name="x1", prefix="unet", hotswap=True)
 
-        for _ in range(21):  # all are met, and their rows laid out
-            swap()
-        results["swap"] = interleaved({"ours": swap, "peft, hotswap": hotswap}, rounds)
-    stack.clear()
-    results |= coming_and_going(ours, peers, made, rounds)
+        stack.add(made[1])
+        peers.load(files[1], "x1")
+        for label in ("swap", "swap beside another"):
+            for _ in range(21):  # all are met, and their rows laid out
+                swap()
+            results[label] = interleaved({"ours": swap, "peft, hotswap": hotswap}, rounds)
+            if len(stack) == 1:
+                stack.add(made[0])
+                peers.load(files[0], "x0")
+        cleared, unloaded = list[float](), list[float]()
+        for _ in range(rounds):
+            cleared.append(once(stack.clear))
+            unloaded.append(once(peers.unet.unload_lora))
+            for number in range(2):
+                stack.add(made[number])
+                peers.load(files[number], f"x{number}")
+    times = {"ours": cleared, "peft, unload_lora": unloaded}
+    results["clear of 2"] = {
+        n: {"median": statistics.median(t), "low": min(t), "high": max(t)} for n, t in times.items()
+    }
     return results
 
 
-def coming_and_going(pipe: Bare, peers: Bare, made: list[Adapter], rounds: int) -> dict[str, Any]:
+def _bytes(adapter: Adapter) -> int:
+    return sum(tensor.nbytes for *_, layer in adapter for tensor in layer.tensors.values())
+
+
+def coming_and_going(pipe: Bare, made: list[Adapter], rounds: int) -> dict[str, Any]:
     """Adding sixteen files one after the other to an empty stack that has not met them, and taking all off."""
     adds: dict[str, list[float]] = {"2nd": [], "16th": []}
     cleared: list[float] = []
@@ -184,17 +216,10 @@ def coming_and_going(pipe: Bare, peers: Bare, made: list[Adapter], rounds: int) 
                 if label := {2: "2nd", 16: "16th"}.get(number):
                     adds[label].append(seconds)
             cleared.append(once(fresh.clear))
-        peers.unet.delete_adapters(["x0", "x1"])
-        unloaded: list[float] = []
-        for _ in range(min(rounds, 2)):  # of two adapters, not of sixteen
-            for number in range(2):
-                peers.load(files[number], f"x{number}")
-            unloaded.append(once(peers.unet.unload_lora))
     medians = {label: statistics.median(times) for label, times in adds.items()}
     return {
         "add": {**medians, "all": adds, "16th over 2nd": medians["16th"] / medians["2nd"]},
         "clear of 16": {"median": statistics.median(cleared), "all": cleared},
-        "peft, unload_lora of 2": {"median": statistics.median(unloaded), "all": unloaded},
     }
 
 
@@ -256,6 +281,8 @@ def main() -> None:
         results["forward, small"] = forward(sd15, sides[1], (8,), chosen.rounds, rank)
         results["one adapter an image"] = by_image(1024, 640, 16, chosen.rounds)
         results["turning"] = turning(sdxl, chosen.rounds, rank)
+        results["attention, 16 bits"] = swapping(sdxl, 3 * chosen.rounds, rank, "attention")
+        results["attention+ff, 16 bits"] = swapping(sdxl, 3 * chosen.rounds, rank, "attention+ff")
         results["fuse and unfuse"] = fusing(sd15, chosen.rounds, rank)
         results["NF4"] = kept_in_nf4(sd15, rank)
     write(__file__, results)

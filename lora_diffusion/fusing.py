@@ -97,6 +97,8 @@ def fused_weight(layer: nn.Module, slot: Slot, shares: Shares) -> Tensor:
 
 
 def _fused_bias(layer: nn.Module, slot: Slot, shares: Shares) -> tuple[Tensor, Tensor] | None:
+    if not slot.branches:
+        return None
     bias = getattr(layer, "bias", None)
     found = [(number, bias_change(shares[name])) for name, number in _numbers(slot)]
     changes = [number * change.float() for number, change in found if change is not None]

@@ -52,6 +52,8 @@ _FUSED = {
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
+#: own names of the projections that Diffusers can fuse
+FUSIBLE = frozenset(name for of in _FUSED.values() for name in of)
 
 
 def is_bypassed(attention: nn.Module, name: str) -> bool:
@@ -59,7 +61,7 @@ def is_bypassed(attention: nn.Module, name: str) -> bool:
 
     After unfusing it may keep the fused layers (U-Nets, whose processor then says so) or not.
     """
-    if not getattr(attention, "fused_projections", False):
+    if not vars(attention).get("fused_projections"):  # a search through attributes would take longer
         return False
     fused = type(getattr(attention, "processor", None)).__name__.startswith("Fused")
     there = vars(attention)["_modules"]
@@ -76,7 +78,7 @@ def core(layer: nn.Module) -> nn.Module:
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """`model.get_submodule(name)`, ten times as fast; KeyError where there is none."""
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         model = vars(model)["_modules"][part]
     return model
 

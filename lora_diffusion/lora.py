@@ -34,14 +34,14 @@ from torch.utils.hooks import RemovableHandle
 from lora_diffusion.branches import Branch, add_branches, first_input
 from lora_diffusion.dropping import Dropping
 from lora_diffusion.layers import compute_dtype, convolution_arguments, core, frozen_weight, kernel_shape, out_width
-from lora_diffusion.packing import Block, Memory, memory, repacked, unrecorded
+from lora_diffusion.packing import Block, repacked, unrecorded
 from lora_diffusion.pairs import Pair
 from lora_diffusion.products import add_convolution, add_linear, add_trained, merged_by_image, merging_pays, over_pixels
 
 SLOT = "adapters"  # name of the child module on a frozen layer
 #: what a slot keeps that is neither tensor nor module: set past nn.Module's search for those, ten times as fast
 _PLAIN = {"dialled", "fusion"} | frozenset(
-    "at by_image convolution entries first hooks kept live moved numbers packed pairs reserve rows views".split()  # noqa: SIM905
+    "by_image convolution entries first hooks kept live moved numbers packed pairs reserve rows".split()  # noqa: SIM905
 )
 
 Part = Pair | Branch
@@ -59,8 +59,6 @@ class Slot(nn.Module):
     live: Callable[[int, Sequence[int]], Tensor] | None = None  # batch, places -> gate by image and place
     by_image = False  # the live gate has no places: it is (1 or batch, 1, R)
     packed: tuple[Block, ...] = ()  # whose rows are in `down` and `up`, as they were written
-    views: Sequence[tuple[Memory, Memory]] = ()  # the rows of each of them, once they were exchanged
-    at: tuple[int, ...] = ()  # where `down` and `up` lay then
     moved = False  # moved or cast, perhaps rounded, since all was written
     fusion: object = None  # by which it is in the weight: the layer is left alone, whatever the weights
     dialled = False  # its gate is one of a dial's
@@ -107,7 +105,7 @@ class Slot(nn.Module):
         blocks = [pair.block for pair in pairs]
         rows = max(sum(rank for _, rank in blocks), self.reserve)
         kernel, width = (kernel_shape(layer), out_width(layer)) if rows else ((0,), 0)  # norms, attentions: no rows
-        before, self.packed, self.views, self.moved = self.packed, (), (), True  # written anew where this fails
+        before, self.packed, self.moved = self.packed, (), True  # written anew where this fails
         with unrecorded():
             for name, shape in (("down", (rows, *kernel)), ("up", (rows, width))):
                 old, kind = self._parameters.get(name), (dtype, device)
@@ -122,16 +120,6 @@ class Slot(nn.Module):
             self.branches = nn.ModuleList(branch.hold(device, dtype, trainable=trainable) for branch in branches)
         self.entries = (*self.pairs, *((branch.name, 1, 1.0) for branch in branches))
         self.rows, self.moved = rows + len(branches), False
-
-    def split(self) -> Sequence[tuple[Memory, Memory]]:
-        """The rows of each packed adapter in `down` and in `up`, to be written over."""
-        at = (self.down.data_ptr(), self.up.data_ptr())
-        if not self.views or self.at != at:  # elsewhere in a copy, or where somebody gave the parameters other memory
-            ranks = [rank for _, rank in self.packed]
-            with torch.inference_mode(mode=False):  # they are written to outside of one as well
-                parts = [map(memory, rows.data[: sum(ranks)].split(ranks)) for rows in (self.down, self.up)]
-            self.views, self.at = tuple(zip(*parts, strict=True)), at
-        return self.views
 
     def exchanged(self, packed: tuple[Block, ...], pairs: tuple[tuple[str, int, float], ...]) -> None:
         """Note that others of the same ranks were written over the packed ones."""
@@ -177,7 +165,7 @@ class Slot(nn.Module):
 
     def merged(self, weight: Tensor) -> Tensor:
         """weight + upᵀ diag(gate) down, rounded once, in the weight's dtype and shape. Branches are not in it."""
-        gated = (self.up.t() * self._of_pairs(self.gate)).to(weight.dtype)
+        gated = (self.up * self._of_pairs(self.gate)[:, None]).to(weight.dtype).t().contiguous()  # half of addmm's time
         return torch.addmm(weight.flatten(1), gated, self.down.flatten(1).to(weight.dtype)).view_as(weight)
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -220,7 +208,7 @@ class Slot(nn.Module):
         return ", ".join(f"{name!r} {kind} at {weight:g}" for (name, _, _), kind, weight in rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
-        self.packed, self.views, self.moved = (), (), True  # the next time all is written again
+        self.packed, self.moved = (), True  # the next time all is written again
         for weight in self.kept:
             weight.data = fn(weight.data)
         gate = self._buffers["gate"]

@@ -12,7 +12,7 @@ from lora_diffusion.composing import Composition
 from lora_diffusion.dial import Dial
 from lora_diffusion.errors import TargetError, some
 from lora_diffusion.fitting import Site
-from lora_diffusion.layers import is_attention, is_bypassed, is_norm, submodule
+from lora_diffusion.layers import FUSIBLE, is_attention, is_bypassed, is_norm, submodule
 from lora_diffusion.lora import Slot, slot_of
 from lora_diffusion.packing import uncollected, unrecorded, write_all
 from lora_diffusion.stacked import Stacked, balance, settled
@@ -29,13 +29,18 @@ class Seating:
 
     def check(self, sites: Collection[Site]) -> None:
         """TargetError where somebody else's adapters are on one of these layers, or a fused layer computes past it."""
+        parents = dict[Site, nn.Module]()  # fewer than layers
         for component, name in sites:
-            ours, (attention, _, own) = self.dials[component].slots, name.rpartition(".")
-            if attention and is_bypassed(submodule(self.components[component], attention), own):
+            above, _, own = name.rpartition(".")
+            if (ours := name in self.dials[component].slots) and own not in FUSIBLE:
+                continue
+            if (parent := parents.get((component, above))) is None:
+                parent = parents[component, above] = submodule(self.components[component], above)
+            if is_bypassed(parent, own):
                 raise TargetError(
                     f"{component} {name} is not called: its projections are fused; call unfuse_qkv_projections() first"
                 )
-            if name not in ours and slot_of(submodule(self.components[component], name)) is not None:
+            if not ours and slot_of(submodule(parent, own)) is not None:
                 raise TargetError(
                     f"{component} {name} carries adapters of another stack or of a training; add to that stack, "
                     "or clear it first"
