@@ -196,9 +196,9 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def not_finite_layers(layers: Mapping[str, LayerAdapter]) -> dict[str, str]:
-    """The layers that hold something that is no finite number, with what that is."""
-    if _surely_finite(tensor for layer in layers.values() for tensor in layer.tensors.values()):
+def not_finite_layers(layers: Mapping[str, LayerAdapter], *, sure: bool = False) -> dict[str, str]:
+    """The layers that hold something that is no finite number, with what that is. `sure`: the tensors are not read."""
+    if sure or _surely_finite(tensor for layer in layers.values() for tensor in layer.tensors.values()):
         layers = {name: layer for name, layer in layers.items() if not math.isfinite(layer.alpha or 0.0)}
     return {name: fault for name, layer in layers.items() if (fault := not_finite(layer))}
 

@@ -143,7 +143,11 @@ class Bank:
 
 
 def joined(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Copies of these one behind the other in one memory, and each of them there."""
-    whole = torch.cat([one.reshape(-1) for one in tensors])
+    """Copies of these one behind the other in one memory, and each of them there.
+
+    None begins where the memory does: none would take what is behind it for room to grow into.
+    """
+    before = tensors[0].new_empty(_ALIGNED)
+    whole = torch.cat([before, *(one.reshape(-1) for one in tensors)])[_ALIGNED:]
     parts = whole.split([one.numel() for one in tensors])
     return whole, [part.view_as(one) for part, one in zip(parts, tensors, strict=True)]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from lora_diffusion import AdapterMismatchError, AdapterStack
+from lora_diffusion import Adapter, AdapterMismatchError, AdapterStack, LayerAdapter
 from lora_diffusion.packing import arrange, repacked, uncollected
 from tests.small import ADAPTERS, Pipe, X, small_adapter
 
@@ -120,6 +121,34 @@ def test_rows_that_were_laid_out_in_another_precision_are_read_anew() -> None:
     plain.unet.load_state_dict(pipe.unet.state_dict(), strict=False)
     other.add(made[1])
     assert torch.equal(pipe.unet(X), plain.unet(X))
+
+
+def test_an_adapter_that_was_alone_in_one_memory_makes_room_for_another() -> None:
+    def on_one_layer(seed: int) -> Adapter:
+        random = torch.Generator().manual_seed(seed)
+        pair = {name: torch.randn(shape, generator=random) for name, shape in (("down", (4, 16)), ("up", (16, 4)))}
+        return Adapter(f"x{seed}", {"unet": {"down_blocks.0.to_q": LayerAdapter("lora", pair, 4.0)}})
+
+    def pipeline() -> Pipe:
+        pipe = Pipe()
+        pipe.unet.down_blocks = nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(16, 16, bias=False)})])
+        nn.init.zeros_(pipe.unet.down_blocks[0]["to_q"].weight)
+        return pipe
+
+    made = [on_one_layer(seed) for seed in range(3)]
+    stack, other = AdapterStack(pipe := pipeline()), AdapterStack(plain := pipeline())
+    layer, x = pipe.unet.down_blocks[0]["to_q"], torch.eye(16)
+    stack.add(made[0])
+    for _ in range(2):  # met, and so swapped by copying alone
+        stack.swap("x0", made[1])
+        stack.swap("x1", made[0])
+    assert layer.adapters.down.untyped_storage().data_ptr() == layer.adapters.up.untyped_storage().data_ptr()
+    stack.add(made[2])
+    other.add(made[2])
+    other.add(made[0])
+    with torch.no_grad():
+        assert torch.equal(layer(x), plain.unet.down_blocks[0]["to_q"](x))
+        assert not torch.equal(layer.adapters.down[4:], layer.adapters.up[:4])
 
 
 @pytest.mark.parametrize("inside", [True, False])

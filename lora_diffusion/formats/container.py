@@ -19,10 +19,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeGuard, cast
 
 from lora_diffusion.errors import AdapterFileError, some
@@ -52,6 +54,7 @@ MAX_TENSORS = 50_000  # the largest adapters seen hold 7,000
 MAX_DIMENSIONS = 6
 MAX_NAME = 1_000  # characters
 PART = ".part"  # what unfinished files end in
+_AT_ONCE = 64 << 20  # bytes to read before looking whether they are wanted
 ABANDONED = 3_600  # seconds without a change after which nobody writes an unfinished file any more
 
 
@@ -82,23 +85,42 @@ def read_header(path: Path) -> Header:
 def read(path: Path, accept: Callable[[Header], object] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of `path`; the tensors share one buffer into which the file was read once.
 
-    `accept` sees the header first and may raise, so that a file of no use costs no more than its header.
+    `accept` sees the header first and may raise, so that a file of no use costs little more than its header: what is
+    behind it is read meanwhile, and no further once one of both has failed.
     """
-    import numpy
     import torch
 
-    with _opened(path) as file:
-        header = _read_header(file, path)
-        if accept:
-            accept(header)
-        size = max((entry.end for entry in header.entries.values()), default=0)
-        memory = numpy.empty(-(-size // 8) * 8 or 8, dtype=numpy.uint8)  # whole elements of every dtype; in huge pages
-        file.seek(header.data)
-        if not _fill(file, memory.data[:size]):
+    with _opened(path) as file, ThreadPoolExecutor(1) as beside:
+        raw, size = _raw_header(file, path)
+        unwanted = Event()
+        reading = beside.submit(_behind, file, size, unwanted)
+        try:
+            header = _parse(raw, size, len(raw) + 8, path)
+            if accept:
+                accept(header)
+            buffer = reading.result()
+        finally:
+            unwanted.set()
+        if buffer is None:
             raise AdapterFileError(f"{path.name}: the file became shorter while it was read")
-        buffer = torch.from_numpy(memory)
     typed = {dtype: buffer.view(getattr(torch, name)) for dtype, (_, name) in DTYPES.items()}
     return {name: _view(typed[entry.dtype], entry) for name, entry in header.entries.items()}, header.metadata
+
+
+def in_one_piece(header: Header, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """All numbers that were read with this header, as few vectors; every tensor for itself where that cannot be."""
+    kinds: dict[str, list[str]] = {}
+    for name, entry in header.entries.items():
+        kinds.setdefault(entry.dtype, []).append(name)
+    wholes: list[Tensor] = []
+    for dtype, names in kinds.items():
+        entries, width = [header.entries[name] for name in names], DTYPES[dtype][0]
+        low, high = min(entry.begin for entry in entries), max(entry.end for entry in entries)
+        if sum(entry.end - entry.begin for entry in entries) < high - low or low % width:
+            wholes += [tensors[name] for name in names]
+        else:
+            wholes.append(tensors[names[0]].as_strided(((high - low) // width,), (1,), low // width))
+    return wholes
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = False) -> None:
@@ -152,15 +174,19 @@ def file_digests(path: Path) -> tuple[str, str]:
     return whole.hexdigest(), behind.hexdigest()
 
 
-def _fill(file: BinaryIO, target: memoryview) -> bool:
-    """Read into all of `target`; one call gives at most 2 GiB. False at the end of the file."""
-    done = 0
-    while done < len(target):
-        count = cast("Any", file).readinto(target[done:])
+def _behind(file: BinaryIO, size: int, unwanted: Event) -> Tensor | None:
+    """The next `size` bytes, in whole elements of every dtype. None where the file ends before, or when `unwanted`."""
+    import numpy
+    import torch
+
+    memory = numpy.empty(-(-size // 8) * 8 or 8, dtype=numpy.uint8)  # in huge pages
+    target, done = memory.data, 0
+    while done < size and not unwanted.is_set():
+        count = cast("Any", file).readinto(target[done : min(done + _AT_ONCE, size)])
         if not count:
-            return False
+            return None
         done += count
-    return True
+    return torch.from_numpy(memory)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -175,6 +201,12 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _read_header(file: BinaryIO, path: Path) -> Header:
+    raw, size = _raw_header(file, path)
+    return _parse(raw, size, len(raw) + 8, path)
+
+
+def _raw_header(file: BinaryIO, path: Path) -> tuple[bytes, int]:
+    """The header as it stands there, and how many bytes follow it, at which the file stands then."""
     total = os.fstat(file.fileno()).st_size
     start = file.read(512)
     _refuse_other_kinds(start, path)
@@ -186,7 +218,7 @@ def _read_header(file: BinaryIO, path: Path) -> Header:
     if length > MAX_HEADER:
         raise AdapterFileError(f"{path.name}: a header of {length:,} bytes; no adapter needs more than {MAX_HEADER:,}")
     file.seek(8)
-    return _parse(file.read(length), total - 8 - length, length + 8, path)
+    return file.read(length), total - 8 - length
 
 
 _OTHER_KINDS = {

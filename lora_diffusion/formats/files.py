@@ -6,7 +6,8 @@ Only safetensors are read and written, so that opening a file can never run code
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from lora_diffusion.adapter import Adapter, is_finite, not_finite_layers
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import FORMATS, Format, Parsed, container
+from lora_diffusion.formats.container import Header, in_one_piece
 from lora_diffusion.formats.keys import UNNAMED, refused
 from lora_diffusion.formats.peft_config import SIDECAR_KEY
 from lora_diffusion.formats.provenance import hashes, metadata_for
@@ -36,9 +38,12 @@ def load_adapter(path: str | Path, *, strict: bool = True) -> Adapter:
     """
     path = Path(path)
     file, beside = _find(path)
-    found: list[Format] = []
-    tensors, metadata = container.read(file, lambda head: found.append(_recognise(head.entries, head.metadata, file)))
-    adapter = _understand(found[0], tensors, {**metadata, **beside}, file, strict)
+    found: list[tuple[Header, Format]] = []
+    tensors, metadata = container.read(file, lambda h: found.append((h, _recognise(h.entries, h.metadata, file))))
+    (header, spelling) = found[0]
+    with ThreadPoolExecutor(1) as aside:
+        finite = aside.submit(lambda: all(map(is_finite, in_one_piece(header, tensors))))
+        adapter = _understand(spelling, tensors, {**metadata, **beside}, file, strict, finite.result)
     return replace(adapter, name=path.name if path.is_dir() else path.stem, source=path)
 
 
@@ -50,15 +55,21 @@ def understand(
 
 
 def _understand(
-    spelling: Format, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path, strict: bool
+    spelling: Format,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    file: Path,
+    strict: bool,
+    all_finite: Callable[[], bool] = lambda: False,
 ) -> Adapter:
+    """`all_finite` is asked when all is read: whether every value is known to be finite."""
     try:
         parsed = spelling.load(tensors, metadata)
     except AdapterFileError as error:
         raise AdapterFileError(f"{file.name}: {error}") from None
     if UNNAMED in parsed.embeddings:
         parsed.embeddings = _named(parsed.embeddings, file.stem, file)
-    _set_aside_what_is_not_finite(parsed)
+    _set_aside_what_is_not_finite(parsed, sure=all_finite())
     adapter = Adapter(file.stem, parsed.layers, parsed.embeddings, dict(metadata), file, spelling.name, parsed.unused)
     _check(adapter, file, strict)
     return adapter
@@ -119,9 +130,9 @@ def _named(embeddings: dict[str, dict[str, Tensor]], name: str, file: Path) -> d
     return {token or name: vectors for token, vectors in embeddings.items()}
 
 
-def _set_aside_what_is_not_finite(parsed: Parsed) -> None:
+def _set_aside_what_is_not_finite(parsed: Parsed, *, sure: bool) -> None:
     for component, layers in parsed.layers.items():
-        bad = not_finite_layers(layers)
+        bad = not_finite_layers(layers, sure=sure)
         parsed.unused |= {f"{component}.{name}": fault for name, fault in bad.items()}
         parsed.layers[component] = {name: layer for name, layer in layers.items() if name not in bad}
     for token, vectors in parsed.embeddings.items():
