@@ -76,9 +76,9 @@ def bake(
     stack, left = AdapterStack(pipe), Survival()
     for adapter, weight in adapters:
         stack.add(adapter, weight)
-    stack.fuse()  # what cannot be fused says so before anything is measured
-    stack.unfuse()
     if into == "nf4":
+        stack.fuse()  # what cannot be fused says so before anything is measured
+        stack.unfuse()
         left = survival(denoiser, stack, [name for name, stored in small.items() if stored == "nf4"], held)
         if left.least < LEAST_KEPT and not force:
             raise ConfigError(
