@@ -26,6 +26,7 @@ from lora_diffusion.inspection.rehearsal import Rehearsal, put_words_in
 from lora_diffusion.methods import new_method
 from lora_diffusion.pipelines import DTYPES, pick_device, quantize_encoders, quiet
 from lora_diffusion.quantize import QuantizationReport, quantize, weight_bytes
+from lora_diffusion.sizes import GIB
 from lora_diffusion.training.adapting import encoders_for
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.judging import keeping_less
@@ -37,7 +38,6 @@ from lora_diffusion.training.words import encoders_for_words
 
 __all__ = ["Cost", "MemoryPlan", "encoding_with", "plan_memory", "ways_to_fit"]
 
-GIB = 2**30
 CAPTION = " word" * 60  # where the cost depends on the length of captions
 RESERVE = 0.6 * GIB  # CUDA's context and the allocator's gaps, on a GPU with nothing else on it
 
