@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_diffusion.cli.options import Config, Settings
 from lora_diffusion.sizes import GIB, size_of
 
 if TYPE_CHECKING:
@@ -18,11 +18,8 @@ ROWS = ("weights", "adapter", "gradients", "optimizer", "average", "activations"
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="TOML file with the settings of the run.", metavar="CONFIG.toml")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings to override, such as train.batch=1.", metavar="KEY=VALUE"),
-    ] = None,
+    config: Config,
+    settings: Settings = None,
     gpu: Annotated[
         float | None, typer.Option(min=0.1, metavar="GIB", help="Memory of the GPU: say what to turn on to fit it.")
     ] = None,
