@@ -42,9 +42,8 @@ def writing(folder: Path) -> Generator[None]:
     except OSError as error:
         if isinstance(error, LoraDiffusionError) or error.errno not in _FULL:
             raise
-        kept = find_checkpoints(folder / "checkpoints")
-        last = f"; {kept[-1].name} is complete and stays" if kept else ""
-        raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}{last}") from error
+        stays = _what_stays(folder / "checkpoints")
+        raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}{stays}") from error
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         with whole_folder(final) as draft:
             _write(draft, checkpoint)
     except (OSError, SafetensorError) as error:
-        kept = find_checkpoints(folder)
-        last = f"; {kept[-1].name} is complete and stays" if kept else ""
-        raise CheckpointError(f"checkpoint {final} cannot be written: {_reason(error)}{last}") from None
+        raise CheckpointError(f"checkpoint {final} cannot be written: {_reason(error)}{_what_stays(folder)}") from None
     for old in find_checkpoints(folder)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -147,6 +144,11 @@ def _optimizer_from(run: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[
             _, index, key = name.split("/", 2)
             state.setdefault(int(index), {})[key] = tensor
     return {"state": state, "param_groups": run["optimizer"]["groups"]}
+
+
+def _what_stays(folder: Path) -> str:
+    kept = find_checkpoints(folder)
+    return f"; {kept[-1].name} is complete and stays" if kept else ""
 
 
 def _reason(error: Exception) -> str:

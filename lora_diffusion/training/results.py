@@ -53,9 +53,8 @@ class TrainResult:
     bands_base: list[float] = field(default_factory=list[float], repr=False)
     """Held-out losses by time, clean to noisy."""
     bands_adapter: list[float] = field(default_factory=list[float], repr=False)
-    measured: list[tuple[int, float]] = field(
-        default_factory=list[tuple[int, float]], repr=False
-    )  # step, held-out loss
+    measured: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]], repr=False)
+    """Step and held-out loss."""
     weights: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]], repr=False)
     """Component -> layer -> ‖W‖ of the frozen weights that were adapted."""
     previews: list[Path] = field(default_factory=list[Path], repr=False)  # in the order they were drawn
