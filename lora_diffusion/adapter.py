@@ -62,9 +62,9 @@ class LayerAdapter:
         """The same in memory of its own."""
         return replace(self, tensors={name: tensor.clone() for name, tensor in self.tensors.items()})
 
-    def cast(self, dtype: torch.dtype) -> LayerAdapter:
-        """The same with its floating tensors in `dtype`."""
-        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.tensors.items()}
+    def cast(self, to: torch.dtype | torch.device) -> LayerAdapter:
+        """The same with its floating tensors in another dtype, or on another device; the rest stays as it is."""
+        cast = {name: t.to(to) if t.is_floating_point() else t for name, t in self.tensors.items()}
         return replace(self, tensors=cast)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +140,11 @@ def denoiser_of(pipe: Any) -> torch.nn.Module:
         if isinstance(model := getattr(pipe, name, None), torch.nn.Module):
             return model
     raise ConfigError(f"{type(pipe).__name__} has no denoiser; expected a component {' or '.join(DENOISERS)}")
+
+
+def present(pipe: Any, names: Iterable[str]) -> list[str]:
+    """Those of the components `names` that the pipeline has as models."""
+    return [name for name in names if isinstance(getattr(pipe, name, None), torch.nn.Module)]
 
 
 def kept_layers(pipe: Any) -> tuple[str, ...]:

@@ -59,6 +59,13 @@ def find_samples(folder: Path | None) -> Path:
     raise ConfigError(f"no samples in {', '.join(map(str, places))}: expected a folder with quickstart.toml in it")
 
 
+def base_or_shipped(base: str | None, guidance: float | None) -> tuple[str, float | None]:
+    """The base that is named, else the one that ships, with the guidance that suits it where none is given."""
+    if base:
+        return base, guidance
+    return str(find_samples(None) / "base"), SHIPPED_GUIDANCE if guidance is None else guidance
+
+
 def plan(samples: Path, out: Path, base: str | None, settings: Sequence[str]) -> Plan:
     """Read `quickstart.toml`; its paths are relative to the samples folder."""
     told = tomllib.loads((samples / "quickstart.toml").read_text("utf-8"))

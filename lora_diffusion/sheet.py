@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from lora_diffusion.drafts import whole_file
 from lora_diffusion.errors import ConfigError
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -17,7 +17,7 @@ _INK, _PAPER, _FAINT = (24, 24, 28), (255, 255, 255), (110, 110, 120)
 
 
 def write_picture(picture: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with `texts` in it, beside `path` first and then in its place.
+    """Write a PNG with `texts` in it, whole or not at all.
 
     ConfigError where it cannot be written (a full disk, a folder); what was there before stays.
     """
@@ -25,15 +25,8 @@ def write_picture(picture: Image.Image, path: Path, texts: Mapping[str, str] | N
     for key, text in (texts or {}).items():
         info.add_text(key, text)
     try:
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
-            draft = Path(file.name)
-            try:
-                picture.save(file, "PNG", pnginfo=info)
-                file.close()
-                draft.chmod(0o644)
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+        with whole_file(path) as draft, draft.open("wb") as file:
+            picture.save(file, "PNG", pnginfo=info)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
 

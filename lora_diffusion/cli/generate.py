@@ -86,7 +86,7 @@ def generate(
     from lora_diffusion.composing import Composition
     from lora_diffusion.generating import Drawing, Order, read_recipe, save_picture
     from lora_diffusion.library import Library, parse_prompts
-    from lora_diffusion.quickstart import SHIPPED_GUIDANCE, find_samples
+    from lora_diffusion.quickstart import base_or_shipped
 
     if remake is not None:
         made = _again(read_recipe(remake), [path for path, _ in weighted], library, device)
@@ -96,9 +96,8 @@ def generate(
         texts, tags = parse_prompts([prompt for prompt in prompts or [] for _ in range(count)], shelf)
         found = {name: shelf.find(name) for name in tags}
         order = Order(texts, [seed + i for i in range(total)], tags)
-        guidance = SHIPPED_GUIDANCE if base is None and guidance is None else guidance
-        how = Drawing(steps, guidance, pixels, negative)
-        model = base or str(find_samples(None) / "base"), quantize, device
+        base, guidance = base_or_shipped(base, guidance)
+        how, model = Drawing(steps, guidance, pixels, negative), (base, quantize, device)
         made = _drawn(order, how, weighted, found, model, Composition(compose, every, balance))
     for (picture, said), file in zip(made, files, strict=True):
         save_picture(picture, file, said)

@@ -66,7 +66,7 @@ def grid(
     from lora_diffusion.gates import show_weight
     from lora_diffusion.generating import Drawing, draw_order
     from lora_diffusion.pipelines import load_for_drawing
-    from lora_diffusion.quickstart import SHIPPED_GUIDANCE, find_samples
+    from lora_diffusion.quickstart import base_or_shipped
     from lora_diffusion.sheet import contact_sheet, write_picture
     from lora_diffusion.stack import AdapterStack
 
@@ -74,8 +74,7 @@ def grid(
     for axis in (columns, rows):
         if not Choices(prompts, numbers, {str(path): weight for path, weight in weighted}, factors).labels(axis):
             raise ConfigError(f"axis {axis!r} has nothing on it; name adapters with --adapter")
-    guidance = SHIPPED_GUIDANCE if base is None and guidance is None else guidance
-    base = base or str(find_samples(None) / "base")
+    base, guidance = base_or_shipped(base, guidance)
     opened = load_for_drawing(base, quantize, device)
     how = Drawing(steps, guidance, pixels, negative)
     with AdapterStack(opened.pipe) as stack, bar() as progress:

@@ -57,6 +57,11 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Adapter file to write.")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 Format = Annotated[str, typer.Option(help="Spelling of the file: diffusers, kohya, comfy, …")]
 Size = Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Picture size (default: the base model's own).")]
+Config = Annotated[Path, typer.Argument(help="TOML file with the settings of the run.", metavar="CONFIG.toml")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings to override, such as train.steps=100 train.batch=1.", metavar="KEY=VALUE"),
+]
 Negative = Annotated[str | None, typer.Option(help="Negative prompt.")]
 
 

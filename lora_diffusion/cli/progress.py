@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from lora_diffusion.inspection.report import write_report
 from lora_diffusion.quickstart import Plan, Shown, show
+from lora_diffusion.sizes import size_of
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.results import Progress as Step
@@ -116,7 +116,7 @@ def show_training(config: TrainConfig) -> TrainResult:
         say(f"interrupted after step {result.steps}, saved; {unchanged}; the same command goes on")
         raise typer.Exit(130)
     say(
-        f"{result.adapter}: {result.parameters:,} parameters, {_size(result.adapter)}; "
+        f"{result.adapter}: {result.parameters:,} parameters, {size_of(result.adapter.stat().st_size)}; "
         f"held-out loss {result.heldout}; {unchanged}"
     )
     report, verdict = write_report(config, result)
@@ -147,11 +147,9 @@ def _summary(plan: Plan, result: TrainResult, shown: Shown, training: float) -> 
     table.add_row(f"style score on {shown.scored} things not in the pack", score)
     table.add_row("backbone", "no byte changed" if result.backbone_unchanged else "CHANGED")
     assert result.adapter is not None
-    table.add_row("adapter", f"{result.adapter} ({_size(result.adapter)}, {result.parameters:,} parameters)")
+    table.add_row(
+        "adapter", f"{result.adapter} ({size_of(result.adapter.stat().st_size)}, {result.parameters:,} parameters)"
+    )
     if shown.second is None:
         table.add_row("second adapter", "left out: it was made for the shipped base model")
     return table
-
-
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size / 2**20:.2f} MiB"

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
+from lora_diffusion.cli.options import Settings
+
 
 def quickstart(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings to override, such as train.steps=20.", metavar="KEY=VALUE"),
-    ] = None,
+    settings: Settings = None,
     base: Annotated[
         str | None, typer.Option("--base", "-b", help="Another base model: Diffusers folder or hub id.")
     ] = None,

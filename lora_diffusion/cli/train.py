@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lora_diffusion.cli.options import Config, Settings
+
 
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML file with the settings of the run.", metavar="CONFIG.toml")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings to override, such as train.steps=100.", metavar="KEY=VALUE"),
-    ] = None,
+    config: Config,
+    settings: Settings = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Go on without pictures and captions that cannot be used, and list them.")
     ] = False,

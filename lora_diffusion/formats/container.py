@@ -14,19 +14,16 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeGuard, cast
 
+from lora_diffusion.drafts import whole_file
 from lora_diffusion.errors import AdapterFileError, some
 
 if TYPE_CHECKING:
@@ -53,9 +50,7 @@ MAX_BRACKETS = 2_000_000  # what opens a list or table, also inside metadata str
 MAX_TENSORS = 50_000  # the largest adapters seen hold 7,000
 MAX_DIMENSIONS = 6
 MAX_NAME = 1_000  # characters
-PART = ".part"  # what unfinished files end in
 _AT_ONCE = 64 << 20  # bytes to read before looking whether they are wanted
-ABANDONED = 3_600  # seconds without a change after which nobody writes an unfinished file any more
 
 
 class Entry(NamedTuple):
@@ -124,7 +119,7 @@ def in_one_piece(header: Header, tensors: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = False) -> None:
-    """Write a safetensors file: into a temporary file beside `path`, flushed to the disk, then renamed.
+    """Write a safetensors file, whole or not at all.
 
     Same tensors and metadata, same bytes. AdapterFileError where nothing would be written, or where `path`
     exists and `overwrite` is not set; a failure leaves what was there before.
@@ -133,25 +128,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         raise AdapterFileError(f"{path.name}: there is nothing to write; an adapter without tensors does nothing")
     if path.exists() and not overwrite:
         raise AdapterFileError(f"{path} exists already; choose another name or ask to overwrite it")
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{path.name[:40]}."
-        clear_abandoned(path.parent, prefix)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=PART)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(path) as draft, draft.open("wb") as file:
             _serialise(file, tensors, metadata)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~umask())
-        temporary.replace(path)
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -378,39 +360,3 @@ def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def clear_abandoned(folder: Path, prefix: str) -> None:
-    """Delete what writers that were killed have left of files, or folders, called `prefix`… in `folder`."""
-    with suppress(OSError), os.scandir(folder) as entries:
-        old = [
-            entry
-            for entry in entries
-            if entry.name.startswith(prefix)
-            and entry.name.endswith(PART)
-            and time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED
-        ]
-        for entry in old:
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                Path(entry).unlink(missing_ok=True)
-
-
-def umask() -> int:
-    """The process's file mode mask."""
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last; a system that cannot open folders has nothing to sync."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

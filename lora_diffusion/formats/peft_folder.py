@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_diffusion.adapter import DENOISERS, Adapter, LayerAdapter
+from lora_diffusion.drafts import whole_folder
 from lora_diffusion.errors import AdapterFileError, some
 from lora_diffusion.formats import container
 from lora_diffusion.formats.diffusers import check_names, check_pairs, pair_tensors
@@ -49,19 +48,15 @@ def save_peft_folder(adapter: Adapter, folder: str | Path, *, overwrite: bool = 
     said, metadata = vera_config(layers, f"adapter {adapter.name!r}") if is_vera else (_lora_config(layers), {})
     tensors = vera_tensors(layers) if is_vera else _lora_tensors(layers)
     metadata = {"format": "pt", **metadata_for(adapter, metadata), **hashes(tensors)}
-    parts = _beside(folder)
+    config = json.dumps(said | _config(layers), indent=2, sort_keys=True)
     try:
-        container.write(parts / MODEL, tensors, metadata)
-        config = json.dumps(said | _config(layers), indent=2, sort_keys=True)
-        (parts / CONFIG).write_text(config + "\n", encoding="utf-8")
-        parts.chmod(0o777 & ~container.umask())
-        _put(parts, folder)
+        with whole_folder(folder) as draft:
+            container.write(draft / MODEL, tensors, metadata)
+            (draft / CONFIG).write_text(config + "\n", encoding="utf-8")
     except OSError as error:
         raise AdapterFileError(
             f"{folder}: cannot be written ({error.strerror or error}); nothing was changed"
         ) from error
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)
     return folder
 
 
@@ -73,30 +68,6 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     others = {path.name for path in folder.iterdir()} - {CONFIG, MODEL} if folder.is_dir() else {folder.name}
     if others:
         raise AdapterFileError(f"{folder} holds more than a PEFT adapter ({some(sorted(others))}); choose another name")
-
-
-def _beside(folder: Path) -> Path:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        container.clear_abandoned(folder.parent, f".{folder.name}.")
-        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=container.PART))
-    except OSError as error:
-        raise AdapterFileError(f"{folder}: cannot be written ({error.strerror or error})") from error
-
-
-def _put(parts: Path, folder: Path) -> None:
-    """Give `parts` the name `folder`; a folder of that name comes back where that fails, and is gone otherwise."""
-    if not folder.exists():
-        parts.rename(folder)
-        return
-    old = parts.with_suffix(".old")
-    folder.rename(old)
-    try:
-        parts.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _lora_tensors(layers: Mapping[str, LayerAdapter]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from typing import Literal
 from lora_diffusion.adapter import Adapter, same_layer
 from lora_diffusion.errors import some
 from lora_diffusion.inspection.spectra import Spectrum, Values, all_values, by_block
+from lora_diffusion.sizes import size_of
 from lora_diffusion.training.results import TrainResult
 
 Word = Literal["good", "not learned", "overfitted", "unknown"]
@@ -52,11 +53,11 @@ def diagnose(result: TrainResult, adapter: Adapter) -> Verdict:
 def facts(result: TrainResult, verdict: Verdict) -> Iterable[tuple[str, str]]:
     """What there is to know of a finished run, name and value."""
     if result.adapter is not None and result.adapter.is_file():
-        yield "adapter", f"{result.adapter.name}, {result.adapter.stat().st_size / 2**20:.2f} MiB"
+        yield "adapter", f"{result.adapter.name}, {size_of(result.adapter.stat().st_size)}"
     yield "trained parameters", f"{result.parameters:,}"
     yield "steps", str(result.steps)
     yield "time of the last call", f"{result.seconds:.0f} s"
-    yield "memory at the peak", f"{result.memory / 2**30:.2f} GiB" if result.memory else "unknown"
+    yield "memory at the peak", size_of(result.memory) if result.memory else "unknown"
     yield "held-out loss, base → adapter", result.heldout
     if result.best is not None:
         yield "best held-out loss on the way", f"{result.best[1]:.4f} at step {result.best[0]}"

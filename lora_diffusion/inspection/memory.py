@@ -24,8 +24,9 @@ from lora_diffusion.families import Family, family_of
 from lora_diffusion.inspection.emptied import cast, empty_pipeline, small_files
 from lora_diffusion.inspection.rehearsal import Rehearsal, put_words_in
 from lora_diffusion.methods import new_method
-from lora_diffusion.pipelines import DTYPES, pick_device, quantize_encoders, quiet
+from lora_diffusion.pipelines import DTYPES, pick_device, present, quantize_encoders, quiet
 from lora_diffusion.quantize import QuantizationReport, quantize, weight_bytes
+from lora_diffusion.sizes import GIB
 from lora_diffusion.training.adapting import encoders_for
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.judging import keeping_less
@@ -37,7 +38,6 @@ from lora_diffusion.training.words import encoders_for_words
 
 __all__ = ["Cost", "MemoryPlan", "encoding_with", "plan_memory", "ways_to_fit"]
 
-GIB = 2**30
 CAPTION = " word" * 60  # where the cost depends on the length of captions
 RESERVE = 0.6 * GIB  # CUDA's context and the allocator's gaps, on a GPU with nothing else on it
 
@@ -219,8 +219,7 @@ class _Stage:
 
     def encoder_bytes(self) -> int:
         """Of the text encoders' weights."""
-        found = (getattr(self.pipe, name, None) for name in self.family.text_encoders)
-        return sum(weight_bytes(part) for part in found if isinstance(part, nn.Module))
+        return sum(weight_bytes(getattr(self.pipe, name)) for name in present(self.pipe, self.family.text_encoders))
 
     def _rehearse(self, denoiser: nn.Module, config: TrainConfig, live: bool) -> int:
         """Bytes at the peak of a step's forward and backward passes, gradients included.

@@ -51,9 +51,8 @@ class Rehearsal(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and id(_storage(leaf)) not in before:
                 self._count(_storage(leaf))
-        if not (
-            func is _aten.add.Tensor and _in_backward()
-        ):  # there gradients are added up in place, if not under a mode
+        in_place = func is _aten.add.Tensor and _in_backward()  # gradients are added up so, if not under a mode
+        if not in_place:
             self.peak = max(self.peak, self.live)
         return out
 

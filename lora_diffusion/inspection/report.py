@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.drafts import whole_file
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.files import load_adapter
 from lora_diffusion.inspection.blocks import block_of, in_order
@@ -43,10 +43,9 @@ def write_report(config: TrainConfig, result: TrainResult) -> tuple[Path, Verdic
         _section("Settings", _table(_flat(config.model_dump(mode="json")))),
     ]
     path = config.output / "report.html"
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")  # every process of a run may write it
     head = f'<meta charset="utf-8"><title>{escape(config.name)}</title><style>{_STYLE}</style>'
-    draft.write_text(f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>", "utf-8")
-    draft.replace(path)
+    with whole_file(path) as draft:  # every process of a run may write it
+        draft.write_text(f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>", "utf-8")
     return path, verdict
 
 

@@ -45,10 +45,15 @@ class Spectrum:
 
 def singular_values(layer: LayerAdapter) -> Tensor | None:
     """Singular values of ΔW, descending, float32; None for methods whose ΔW depends on the frozen weight."""
-    if not _is_told(layer):
-        return None
-    tensors = {part: tensor.float() for part, tensor in layer.tensors.items() if tensor.is_floating_point()}
-    return _VALUES[layer.method](tensors) * abs(METHODS[layer.method].scale(layer))
+    return _told_values(layer) if _is_told(layer) else None
+
+
+def _told_values(layer: LayerAdapter) -> Tensor:
+    return _VALUES[layer.method](_floating(layer)) * abs(METHODS[layer.method].scale(layer))
+
+
+def _floating(layer: LayerAdapter) -> dict[str, Tensor]:
+    return {part: tensor.float() for part, tensor in layer.tensors.items() if tensor.is_floating_point()}
 
 
 def _is_told(layer: LayerAdapter) -> bool:
@@ -153,11 +158,8 @@ def spectra(adapter: Adapter, models: Mapping[str, nn.Module] | None = None) -> 
 
 def by_block(values: Values) -> list[Spectrum]:
     """The same of values that were taken before."""
-    return _by_block(_known(values))
-
-
-def _known(values: Values) -> dict[tuple[str, str], _Strength]:
-    return {place: _Strength(float(found.norm()), lambda found=found: found) for place, found in values.items()}
+    known = {place: _Strength(float(found.norm()), lambda found=found: found) for place, found in values.items()}
+    return _by_block(known)
 
 
 def _by_block(strengths: Mapping[tuple[str, str], _Strength]) -> list[Spectrum]:
@@ -192,19 +194,12 @@ class _Strength:
 
 def _strength(layer: LayerAdapter) -> _Strength:
     """Of a layer whose own tensors tell it; singular values of large matrices only where they are asked for."""
-    tensors = {part: tensor.float() for part, tensor in layer.tensors.items() if tensor.is_floating_point()}
+    tensors = _floating(layer)
     side, norm = _SIZES[layer.method](tensors) if layer.method in _SIZES and "t1" not in tensors else (0, 0.0)
     if side <= QUICK:
-        values = singular_values(layer)
-        assert values is not None
+        values = _told_values(layer)
         return _Strength(float(values.norm()), lambda: values)
-
-    def asked() -> Tensor:
-        values = singular_values(layer)
-        assert values is not None
-        return values
-
-    return _Strength(norm * abs(METHODS[layer.method].scale(layer)), asked, dear=True)
+    return _Strength(norm * abs(METHODS[layer.method].scale(layer)), lambda: _told_values(layer), dear=True)
 
 
 def _size_of_pair(tensors: Mapping[str, Tensor]) -> tuple[int, float]:

@@ -7,10 +7,7 @@ that is in 4 bits already, what no adapter is on keeps its bytes.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_diffusion.adapter import DENOISERS, Adapter
+from lora_diffusion.drafts import whole_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.merging.survival import Survival, survival
 from lora_diffusion.pipelines import DTYPES, Opened, denoiser_of, kept_layers, load_for_drawing, quiet
@@ -76,9 +74,9 @@ def bake(
     stack, left = AdapterStack(pipe), Survival()
     for adapter, weight in adapters:
         stack.add(adapter, weight)
-    stack.fuse()  # what cannot be fused says so before anything is measured
-    stack.unfuse()
     if into == "nf4":
+        stack.fuse()  # what cannot be fused says so before anything is measured
+        stack.unfuse()
         left = survival(denoiser, stack, [name for name, stored in small.items() if stored == "nf4"], held)
         if left.least < LEAST_KEPT and not force:
             raise ConfigError(
@@ -87,30 +85,19 @@ def bake(
             )
     touched = {name for component in DENOISERS for name in stack.slots.get(component, {})}
     stack.bake()
-    with quiet(), _whole(out) as draft:
-        if into == "nf4":
-            still = {name: layer for name, layer in held.items() if name not in touched}
-            _save_nf4(pipe, draft, opened.dtype if held else torch.bfloat16, small, still)
-        else:
-            pipe.to(dtype=DTYPES[into]).save_pretrained(draft, safe_serialization=True)
-    return Baked(out, into, left)
-
-
-@contextmanager
-def _whole(out: Path) -> Generator[Path]:
-    """A folder beside `out` that takes its place when all is written. ConfigError, and neither, where it cannot be."""
-    out = out.resolve()
-    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
+    place = out.resolve()
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        if out.exists():
-            out.rmdir()  # empty, or it would have been refused
-        draft.rename(out)
+        with quiet(), whole_folder(place) as draft:
+            if into == "nf4":
+                still = {name: layer for name, layer in held.items() if name not in touched}
+                _save_nf4(pipe, draft, opened.dtype if held else torch.bfloat16, small, still)
+            else:
+                pipe.to(dtype=DTYPES[into]).save_pretrained(draft, safe_serialization=True)
+            if place.exists():
+                place.rmdir()  # empty, or it would have been refused
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{out}: cannot be written ({error}); nothing was changed") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        raise ConfigError(f"{place}: cannot be written ({error}); nothing was changed") from None
+    return Baked(out, into, left)
 
 
 def made_dense(denoiser: nn.Module) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ no pipeline.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -131,10 +131,7 @@ def resumed(layers: Mapping[str, LayerAdapter], fresh: Mapping[str, LayerAdapter
 
 def outline(layer: LayerAdapter) -> LayerAdapter:
     """Method, alpha and shapes of a fresh layer; its numbers too where `resumed` or the method's settings need them."""
-    if hasattr(METHODS[layer.method], "resumed"):
-        return layer
-    tensors = {key: t.to("meta") if t.is_floating_point() else t for key, t in layer.tensors.items()}
-    return replace(layer, tensors=tensors)
+    return layer if hasattr(METHODS[layer.method], "resumed") else layer.cast(torch.device("meta"))
 
 
 def is_dense(name: str) -> bool:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_diffusion.drafts import whole_file
 from lora_diffusion.errors import ConfigError, some
 from lora_diffusion.quantize.contents import frozen_modules, tie, ties
 from lora_diffusion.quantize.int8 import Int8Linear
@@ -45,9 +46,8 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    save_file(tensors, draft, metadata=metadata)
-    draft.replace(path)
+    with whole_file(path) as draft:
+        save_file(tensors, draft, metadata=metadata)
     return path
 
 

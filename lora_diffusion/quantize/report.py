@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["LayerCost", "QuantizationReport"]
+from lora_diffusion.sizes import size_of
 
-GIB = 2**30
+__all__ = ["LayerCost", "QuantizationReport"]
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,12 @@ class QuantizationReport:
     def __str__(self) -> str:
         dense = max((layer.bytes / layer.parameters for layer in self.kept if layer.parameters), default=2.0)
         lines = [
-            f"{self.precision}: {len(self.quantized)} layers quantised, {_size(self.bytes)} "
-            f"({_size(round(dense * self.parameters))} unquantised)",
+            f"{self.precision}: {len(self.quantized)} layers quantised, {size_of(self.bytes)} "
+            f"({size_of(round(dense * self.parameters))} unquantised)",
             f"{'stored as':<10}{'layers':>7}{'parameters':>16}{'size':>12}  why",
         ]
         lines += [
-            f"{stored:<10}{layers:>7}{parameters:>16,}{_size(size):>12}  {reason}"
+            f"{stored:<10}{layers:>7}{parameters:>16,}{size_of(size):>12}  {reason}"
             for stored, reason, layers, parameters, size in self.groups()
         ]
         return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"

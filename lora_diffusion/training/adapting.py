@@ -16,7 +16,7 @@ from lora_diffusion.families import Family
 from lora_diffusion.formats import FORMATS
 from lora_diffusion.methods import Method, new_method
 from lora_diffusion.methods.lora import LoRA
-from lora_diffusion.pipelines import folder_of
+from lora_diffusion.pipelines import folder_of, present
 from lora_diffusion.quantize import WeightFiles
 from lora_diffusion.targets import find_targets
 from lora_diffusion.training.batches import generator_for
@@ -80,7 +80,7 @@ def attach_for(config: TrainConfig, denoiser: nn.Module, component: str, run: Ca
 def encoders_for(config: TrainConfig, pipe: Any, family: Family) -> list[Attachment]:
     """Slots in training mode on the text encoders that are to be trained. ConfigError for one that is not there."""
     text, settings = config.text, config.adapter
-    there = [name for name in family.text_encoders if isinstance(getattr(pipe, name, None), nn.Module)]
+    there = present(pipe, family.text_encoders)
     if absent := [name for name in text.train if name not in there]:
         raise ConfigError(f"text.train: there is no {some(absent)} to train; {config.base} has {some(there)}")
     attachments: list[Attachment] = []

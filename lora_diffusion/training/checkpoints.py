@@ -3,15 +3,14 @@
     OUTPUT/checkpoints/step-000200/state.safetensors    adapter tensors, their average and optimiser state
     OUTPUT/checkpoints/step-000200/run.json             step, settings, optimiser numbers, losses
 
-A checkpoint is written to a temporary folder, synced and renamed; older ones go only after that. Batches,
-noise and dropout are functions of seed and step, so there is no random state to keep. No pickle anywhere.
+A checkpoint is there whole or not at all, and older ones go only after it. Batches, noise and dropout are functions of
+seed and step, so there is no random state to keep. No pickle anywhere.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Generator, Mapping
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_diffusion.drafts import clear_abandoned, whole_folder
 from lora_diffusion.errors import ConfigError, LoraDiffusionError
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -42,9 +42,8 @@ def writing(folder: Path) -> Generator[None]:
     except OSError as error:
         if isinstance(error, LoraDiffusionError) or error.errno not in _FULL:
             raise
-        kept = find_checkpoints(folder / "checkpoints")
-        last = f"; {kept[-1].name} is complete and stays" if kept else ""
-        raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}{last}") from error
+        stays = _what_stays(folder / "checkpoints")
+        raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}{stays}") from error
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,12 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write below `folder`, then remove older checkpoints. CheckpointError where the disk will not take it."""
     final = folder / f"step-{checkpoint.step:06d}"
-    draft = folder / f".{final.name}.part"
+    clear_abandoned(folder, ".step-", age=0)  # one process writes here: what there is, a killed run has left
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _write(draft, checkpoint)
-        if final.exists():
-            shutil.rmtree(final)
-        draft.replace(final)
-        _sync(folder)
+        with whole_folder(final) as draft:
+            _write(draft, checkpoint)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        kept = find_checkpoints(folder)
-        last = f"; {kept[-1].name} is complete and stays" if kept else ""
-        raise CheckpointError(f"checkpoint {final} cannot be written: {_reason(error)}{last}") from None
+        raise CheckpointError(f"checkpoint {final} cannot be written: {_reason(error)}{_what_stays(folder)}") from None
     for old in find_checkpoints(folder)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -144,9 +135,6 @@ def _write(draft: Path, checkpoint: Checkpoint) -> None:
     }
     save_file(tensors, draft / "state.safetensors")
     (draft / "run.json").write_text(json.dumps(run), "utf-8")
-    for file in draft.iterdir():
-        _sync(file)
-    _sync(draft)
 
 
 def _optimizer_from(run: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -158,12 +146,9 @@ def _optimizer_from(run: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     return {"state": state, "param_groups": run["optimizer"]["groups"]}
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _what_stays(folder: Path) -> str:
+    kept = find_checkpoints(folder)
+    return f"; {kept[-1].name} is complete and stays" if kept else ""
 
 
 def _reason(error: Exception) -> str:

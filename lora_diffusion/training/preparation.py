@@ -22,7 +22,7 @@ from lora_diffusion.data.prepare import Item as Usable
 from lora_diffusion.data.prepare import prepare as look_at
 from lora_diffusion.errors import DataError
 from lora_diffusion.families import Family
-from lora_diffusion.pipelines import Opened
+from lora_diffusion.pipelines import Opened, present
 from lora_diffusion.quantize import fingerprint
 from lora_diffusion.training.batches import Batches, Item, generator_for
 from lora_diffusion.training.config import TrainConfig
@@ -56,7 +56,7 @@ def prepare(config: TrainConfig, opened: Opened, family: Family, listen: Count) 
     texts = encoder.all_texts(everything)
     table: dict[str, Tensor] = {} if config.text.live else encoder.captions(texts)
     idle = ["vae", *(() if config.text.live else family.text_encoders)]
-    (park if config.watch.prompts else _let_go)(opened.pipe, _present(opened.pipe, idle))
+    (park if config.watch.prompts else _let_go)(opened.pipe, present(opened.pipe, idle))
     loop, made = config.train, _Items(encoder, latents, {text: row for row, text in enumerate(texts)})
     digests = {"training": _contents(training), "heldout": _contents(heldout)}
     digests |= {"prior": _contents(classes)} if classes else {}
@@ -129,8 +129,11 @@ class _Encoder:
     @torch.no_grad()
     def latents(self, group: Sequence[Usable], listen: Count) -> dict[str, Tensor]:
         """Cache key -> latents (channels, h, w)."""
-        views = zip((key for usable in group for key in self.keys(usable)), _views(group), strict=True)
-        wanted = dict(views)
+        wanted = {
+            key: (usable.example.picture, view)
+            for usable in group
+            for key, view in zip(self.keys(usable), usable.views, strict=True)
+        }
         self.cache.fill(wanted, self._encode_pictures, batch=8, progress=listen)
         return {key: self.cache[key]["latents"] for key in wanted}
 
@@ -247,10 +250,6 @@ def _bucket_rules(data: DataConfig, opened: Opened, family: Family) -> BucketRul
     )
 
 
-def _views(group: Sequence[Usable]) -> list[tuple[Path, View]]:
-    return [(usable.example.picture, view) for usable in group for view in usable.views]
-
-
 def _contents(group: Sequence[Usable]) -> list[list[str]]:
     return [[usable.picture.content, usable.example.caption] for usable in group]
 
@@ -262,10 +261,6 @@ def _mask(usable: Usable, view: View, latents: Tensor) -> Tensor | None:
     mask = cut(open_mask(usable.example.mask, usable.picture.size), view)
     values = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)[None, None]
     return nn.functional.interpolate(values, size=latents.shape[-2:], mode="area")[0, 0]
-
-
-def _present(pipe: Any, names: Sequence[str]) -> list[str]:
-    return [name for name in names if isinstance(getattr(pipe, name, None), nn.Module)]
 
 
 def _let_go(pipe: Any, parts: Sequence[str]) -> None:

@@ -38,9 +38,8 @@ class Processes:
             return
         buffer = torch.cat([g.flatten() for g in gradients])
         torch.distributed.all_reduce(buffer)
-        for gradient, part in zip(
-            gradients, buffer.div_(self.count).split([g.numel() for g in gradients]), strict=True
-        ):
+        parts = buffer.div_(self.count).split([g.numel() for g in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def wait(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.drafts import whole_file
 from lora_diffusion.errors import ConfigError, LoraDiffusionError
 from lora_diffusion.quantize import QuantizationReport
 
@@ -52,9 +53,8 @@ class TrainResult:
     bands_base: list[float] = field(default_factory=list[float], repr=False)
     """Held-out losses by time, clean to noisy."""
     bands_adapter: list[float] = field(default_factory=list[float], repr=False)
-    measured: list[tuple[int, float]] = field(
-        default_factory=list[tuple[int, float]], repr=False
-    )  # step, held-out loss
+    measured: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]], repr=False)
+    """Step and held-out loss."""
     weights: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]], repr=False)
     """Component -> layer -> ‖W‖ of the frozen weights that were adapted."""
     previews: list[Path] = field(default_factory=list[Path], repr=False)  # in the order they were drawn
@@ -83,9 +83,8 @@ class TrainResult:
     def write(self, folder: Path) -> None:
         """Keep what was found as OUTPUT/result.json, whole or not at all. What each layer became is not in it."""
         kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "report"}
-        draft = folder / f".{RESULT}.part"
-        draft.write_text(json.dumps(kept, default=str), "utf-8")
-        draft.replace(folder / RESULT)
+        with whole_file(folder / RESULT) as draft:
+            draft.write_text(json.dumps(kept, default=str), "utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> TrainResult:

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
-from lora_diffusion.pipelines import draw_one
+from lora_diffusion.pipelines import draw_one, present
 from lora_diffusion.sheet import contact_sheet, write_picture
 from lora_diffusion.training.config import TrainConfig
 from lora_diffusion.training.trained import Trained
@@ -28,7 +27,7 @@ class Painter:
 
     def __init__(self, config: TrainConfig, pipe: Any, parts: Sequence[str], device: torch.device) -> None:
         self.config, self.pipe, self.device = config, pipe, device
-        self.parts = [name for name in parts if isinstance(getattr(pipe, name, None), nn.Module)]
+        self.parts = present(pipe, parts)
         self.folder = config.output / "previews"
 
     def at_step(self, trained: Trained, step: int) -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.errors import AdapterMismatchError, ConfigError, some
+from lora_diffusion.pipelines import present
 from lora_diffusion.tokens import Embeddings, Vocabulary
 from lora_diffusion.training.batches import generator_for
 
@@ -86,7 +87,7 @@ class Words:
 
 def encoders_for_words(pipe: Any, names: Sequence[str]) -> list[str]:
     """Where new tokens go: into the CLIP encoders where there are any, else into all."""
-    there = [name for name in names if isinstance(getattr(pipe, name, None), nn.Module)]
+    there = present(pipe, names)
     return [name for name in there if "CLIP" in type(getattr(pipe, name)).__name__] or there
 
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion import AdapterFileError, load_adapter
+from lora_diffusion.drafts import ABANDONED
 from lora_diffusion.formats import container
 
 SAMPLE = {
@@ -129,7 +130,7 @@ def test_a_place_that_cannot_be_written_is_an_error_and_nothing_changes(taken: s
 
 
 def test_what_a_killed_writer_has_left_is_cleared_by_the_next_and_what_another_writes_is_not(tmp_path: Path):
-    path, hour = tmp_path / "a.safetensors", container.ABANDONED
+    path, hour = tmp_path / "a.safetensors", ABANDONED
     ages = {".a.safetensors.old.part": hour + 60, ".a.safetensors.new.part": 0, ".b.safetensors.old.part": hour + 60}
     for name, age in ages.items():
         (tmp_path / name).write_bytes(b"half")
