@@ -73,6 +73,9 @@ def test_a_mask_is_one_more_part_of_any_weight(tmp_path: Path) -> None:
     for bad in ("0.8:mask=", f"mask={left}:mask={left}", f"0.8:te=1:mask={left}", f"x:mask={left}"):
         with pytest.raises(ConfigError, match="weight"):
             parse_weight(bad)
+    for colon in ("0.8:mask=a:b.png", "mask=a:b.png:0.8"):
+        with pytest.raises(ConfigError, match=r"ends the mask's name, here 'a', and 'b.png' is no weight; rename"):
+            parse_weight(colon)
     (tmp_path / "text.png").write_text("no picture")
     for gone in ("none.png", "text.png"):
         with pytest.raises(ConfigError, match=gone):
