@@ -57,8 +57,8 @@ def _refuse_colon(text: str, mask: str, parts: Sequence[tuple[str, str, str]]) -
         _ = equals or parse_weight(name)
     except ConfigError:
         raise ConfigError(
-            f"weight {text!r}: a ':' ends the mask's name, here {mask!r}, and {name!r} is no weight; rename the picture "
-            "so that it has no ':'"
+            f"weight {text!r}: a ':' ends the mask's name, here {mask!r}, and {name!r} is no weight; rename the "
+            "picture so that it has no ':'"
         ) from None
 
 
