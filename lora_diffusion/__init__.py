@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_diffusion.formats.files import load_adapter as load_adapter
     from lora_diffusion.formats.files import save_adapter as save_adapter
     from lora_diffusion.gates import Region as Region
+    from lora_diffusion.generating import missing_triggers as missing_triggers
     from lora_diffusion.merging import bake as bake
     from lora_diffusion.merging import conflicts as conflicts
     from lora_diffusion.merging import extract as extract
@@ -61,6 +62,7 @@ _HOMES = {
     "load_adapter": "formats.files",
     "load_pipeline": "pipelines",
     "merge": "merging",
+    "missing_triggers": "generating",
     "resize": "merging",
     "save_adapter": "formats.files",
     "train": "training.loop",

@@ -10,12 +10,13 @@ Switch and Composite are LoRA Switch and LoRA Composite of Zhong et al. 2024, ar
 
 which is the guidance s on the mean of e_i(z, ∅) and the mean of e_i(z, c): the mean is taken first, so that every
 pipeline's own guidance stays in place. Each adapter acts at its own weight. Text encoders run once, before the first
-step, and take the sum.
+step, and take the sum. Where images have their own mixes, each goes by the adapters that are on for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.errors import ConfigError, did_you_mean
+from lora_diffusion.gates import Level, at_image, images_of
 
 MODES = ("sum", "switch", "composite")
 
@@ -50,9 +52,28 @@ class Composition:
         """Whose turn it is in a step (from 0) among the adapters that take part; None: everybody's."""
         return names[step // self.every % len(names)] if self.mode == "switch" and names else None
 
+    def turns(self, members: Sequence[Sequence[str]], step: int) -> tuple[str | None, ...]:
+        """Whose turn it is in each image, by the names that take part there."""
+        return tuple(self.turn(names, step) for names in members)
+
     def times(self, names: Sequence[str]) -> int:
         """How often the batch is repeated."""
         return max(1, len(names)) if self.mode == "composite" else 1
+
+
+def members_of(levels: Collection[tuple[str, Level]], order: Sequence[str]) -> list[list[str]]:
+    """The adapters that are on in each image, in their order, by (adapter, level); one list where all have the same."""
+    images = range(math.lcm(*(images_of(level) for _, level in levels)))
+    on = [{name for name, level in levels if at_image(level, image) != 0.0} for image in images]
+    there = [[name for name in order if name in names] for names in on]
+    return there if any(names != there[0] for names in there) else there[:1]
+
+
+def in_turn(level: Level, name: str, turns: Sequence[str | None]) -> Level:
+    """`level` of an adapter in the images where it is its turn, 0 in the others; unchanged where there is one turn."""
+    if len(turns) == 1:
+        return level
+    return tuple(at_image(level, image) if turn in (None, name) else 0.0 for image, turn in enumerate(turns))
 
 
 def repeated(given: Any, batch: int, times: int) -> Any:
@@ -68,13 +89,24 @@ def repeated(given: Any, batch: int, times: int) -> Any:
     return given
 
 
-def averaged(out: Any, times: int) -> Any:
-    """A denoiser's output for a batch repeated so: the mean over the repetitions, taken in float32."""
+def averaged(out: Any, shares: Tensor) -> Any:
+    """A denoiser's output for a batch repeated so: the mean over the repetitions, taken in float32.
+
+    `shares` (repetitions, images) say how much each counts in an image, 1 in all; the batch is k times these images.
+    """
     if isinstance(out, Tensor):
-        return out.unflatten(0, (times, -1)).mean(dim=0, dtype=torch.float32).to(out.dtype)
+        each = out.unflatten(0, (len(shares), -1, shares.shape[1])).float()  # (repetitions, k, images, …)
+        counted = shares.to(out.device).view(len(shares), 1, -1, *(1 for _ in out.shape[1:]))
+        return (each * counted).sum(dim=0).flatten(0, 1).to(out.dtype)
     if isinstance(out, Mapping):  # a Diffusers output class, which is a dictionary too
-        return type(out)(**{key: averaged(one, times) for key, one in out.items()})
-    return type(out)(averaged(one, times) for one in out) if isinstance(out, tuple | list) else out
+        return type(out)(**{key: averaged(one, shares) for key, one in out.items()})
+    return type(out)(averaged(one, shares) for one in out) if isinstance(out, tuple | list) else out
+
+
+def shares_of(names: Sequence[str], members: Sequence[Sequence[str]]) -> Tensor:
+    """(names, images): the part of each adapter in the mean of each image; all alike where none takes part."""
+    counts = torch.tensor([[float(name in there or not there) for there in members] for name in names])
+    return counts / counts.sum(dim=0)
 
 
 def alone(gate: Tensor, place: int, times: int, batch: int) -> Tensor:

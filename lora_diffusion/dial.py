@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_diffusion.clock import Clock
-from lora_diffusion.composing import Composition, alone, averaged, repeated
+from lora_diffusion.composing import Composition, alone, averaged, in_turn, members_of, repeated, shares_of
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.gates import Call, Level, Resolved, entry_gate, has_places, is_live, is_steady, number_at
 from lora_diffusion.gates.fading import Fading
@@ -65,7 +65,8 @@ class Dial:
         self.composition = Composition()
         self._order: list[str] = []  # adapters as they were added
         self._taking_part: list[str] = []  # those that are on, where they do not simply add up
-        self._turn: str | None = None  # the one that is on in this step; None: all
+        self._members: list[list[str]] = [[]]  # of them those in each image; once, where all have the same
+        self._turns: tuple[str | None, ...] = (None,)  # the one that is on there in this step; None: all
 
     def bind(
         self,
@@ -105,7 +106,7 @@ class Dial:
         self._owner = torch.tensor(owner, dtype=torch.long).repeat_interleave(counts)
         self._place = torch.arange(len(self._owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         self._scales = torch.tensor([*(entry.scale for entry in self.entries), 0.0])[self._owner]
-        self._scheduled, self._taking_part, self._turn = [], [], None
+        self._scheduled, self._taking_part, self._members, self._turns = [], [], [[]], (None,)
         self._still = self.composition.mode == "sum" and not self._fading and self._listening == (False, False)
         self._share()
         self.turn(weights)
@@ -137,9 +138,9 @@ class Dial:
             self.write()
             return
         composed = self.composition.mode != "sum"
-        on = {entry.name for entry in self.entries if entry.level != 0.0} if composed else set[str]()
-        self._taking_part = [name for name in self._order if name in on]
-        self._turn = self.composition.turn(self._taking_part, 0)
+        self._members = members_of([(e.name, e.level) for e in self.entries], self._order) if composed else [[]]
+        self._taking_part = [name for name in self._order if any(name in there for there in self._members)]
+        self._turns = self.composition.turns(self._members, 0)
         for number, entry in enumerate(self.entries):
             if composed or entry.name in weights:
                 self._numbers[number] = self._number(entry, 0.0)
@@ -154,11 +155,13 @@ class Dial:
         self._listen(before=self.clock is not None and changing, after=repeating)
 
     def _number(self, entry: Entry, progress: float) -> float:
-        return number_at(entry.level, progress) if self._turn in (None, entry.name) else 0.0
+        return number_at(entry.level, progress) if {None, entry.name} & {*self._turns} else 0.0
 
     def _is_live(self, layer: str) -> bool:
-        several = self.composition.times(self._taking_part) > 1 and bool(self._by_layer[layer])
-        return several or any(is_live(self.entries[i].level) for i in self._by_layer[layer])
+        several = self.composition.times(self._taking_part) > 1 or len(self._members) > 1
+        return (several and bool(self._by_layer[layer])) or any(
+            is_live(self.entries[i].level) for i in self._by_layer[layer]
+        )
 
     def entries_of(self, layer: str) -> range:
         """Indices of the entries on one layer."""
@@ -208,9 +211,9 @@ class Dial:
         assert self.clock is not None
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         self.call = Call(self.clock.progress(timestep), *_geometry(model, args, kwargs))
-        turn = self.composition.turn(self._taking_part, self.clock.step)
-        changing = range(len(self.entries)) if turn != self._turn else self._scheduled
-        self._turn = turn
+        turns = self.composition.turns(self._members, self.clock.step)
+        changing = range(len(self.entries)) if turns != self._turns else self._scheduled
+        self._turns = turns
         for i in changing:
             self._numbers[i] = self._number(self.entries[i], self.call.progress)
         for i in self._fading:
@@ -228,16 +231,17 @@ class Dial:
     def after(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """Hook of the denoiser: the mean over what the adapters predict alone, where they are to do that."""
         times = self.composition.times(self._taking_part)
-        return averaged(out, times) if times > 1 else out
+        return averaged(out, shares_of(self._taking_part, self._members)) if times > 1 else out
 
     def gate(self, entry: Entry, batch: int, shape: Sequence[int]) -> Tensor:
         """The number of one adapter at its layer in this call: (1 or batch, 1 or places, 1)."""
         times = self.composition.times(self._taking_part)
         if batch % times:
             raise ConfigError(f"composite of {times} adapters: {entry.layer!r} gets a batch of {batch}, no multiple")
-        if self._turn not in (None, entry.name) or (times > 1 and entry.name not in self._taking_part):
+        if not {None, entry.name} & {*self._turns} or (times > 1 and entry.name not in self._taking_part):
             return torch.zeros(1, 1, 1)
-        gate = entry_gate(entry.level, self.call, entry.layer, batch // times, shape) * entry.scale
+        level = in_turn(entry.level, entry.name, self._turns)
+        gate = entry_gate(level, self.call, entry.layer, batch // times, shape) * entry.scale
         return gate if times == 1 else alone(gate, self._taking_part.index(entry.name), times, batch // times)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from lora_diffusion.composing import Composition
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.files import load_adapter
+from lora_diffusion.formats.identity import trigger_words
 from lora_diffusion.gates import read_weight, spell_weight
 from lora_diffusion.library import by_image
 from lora_diffusion.sheet import write_picture
@@ -105,6 +107,23 @@ def draw_order(
         made += zip(draw(pipe, part.prompts, part.seeds, how), each, strict=True)
         listen(len(made))
     return made
+
+
+def missing_triggers(stack: AdapterStack, prompts: str | Sequence[str]) -> dict[str, list[str]]:
+    """Adapter -> the words that call it, for those of which no prompt has one as a word of its own, in any case.
+
+    Words are what a file declares as its trigger phrase and the tokens it carries; one that has neither is not named.
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    missing: dict[str, list[str]] = {}
+    for name in stack:
+        adapter = stack[name]
+        declared = trigger_words(adapter.metadata) if "modelspec.trigger_phrase" in adapter.metadata else []
+        words = list(dict.fromkeys([*declared, *adapter.embeddings]))
+        found = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in words]
+        if words and not any(re.search(word, text, re.IGNORECASE) for word in found for text in texts):
+            missing[name] = words
+    return missing
 
 
 def _arguments(pipe: Any, how: Drawing, count: int) -> dict[str, Any]:

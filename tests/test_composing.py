@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_diffusion import Adapter, AdapterStack
-from lora_diffusion.composing import Composition, averaged, repeated
+from lora_diffusion.composing import Composition, averaged, repeated, shares_of
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.methods import METHODS
 from lora_diffusion.stacked import balanced
@@ -102,6 +102,24 @@ def test_composite_of_one_is_that_one_and_weights_by_image_hold(sd: Any) -> None
         np.testing.assert_allclose(together, np.concatenate(apart), atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["switch", "composite"])
+def test_an_image_goes_by_the_adapters_that_are_on_for_it(sd: Any, mode: str) -> None:
+    """As `generate "… <lora:a>" "… <lora:b>"` has it: an adapter at 0 in an image takes no part there."""
+    mixes = ({"a": 0.8, "b": 0.0, "c": 0.0}, {"a": 0.8, "b": "0@0,1@0.9", "c": 0.0}, {"a": 0.0, "b": 0.0, "c": 0.0})
+    prompts, how = ["a red fox", "a blue cat", "a house"], {"steps": 5, **HOW}
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    with stacked(sd) as stack:
+        stack.compose(mode, every=2)
+        apart = []
+        for i, mix in enumerate(mixes):
+            stack.weigh_all(mix)
+            apart.append(tiny.picture(sd, prompts[i], latents=noise[i : i + 1], **how))
+        stack.weigh_all({name: [mix[name] for mix in mixes] for name in mixes[0]})
+        np.testing.assert_allclose(tiny.picture(sd, prompts, latents=noise, **how), np.concatenate(apart), atol=1e-5)
+        with pytest.raises(ConfigError, match="3 weights by image"):
+            tiny.picture(sd, prompts[:2], latents=noise[:2], **how)
+
+
 def test_modes_leave_no_trace_and_bad_ones_are_refused(sd: Any) -> None:
     base, hooks = tiny.picture(sd), (len(sd.unet._forward_hooks), len(sd.unet._forward_pre_hooks))
     with stacked(sd) as stack:
@@ -159,7 +177,10 @@ def test_inputs_are_repeated_and_outputs_averaged_as_blocks() -> None:
     assert given["shapes"] == [1, 2, 1, 2]
     assert torch.equal(given["more"][1][0], torch.cat([x, x]))
     assert (given["t"].dim(), given["no"]) == (0, None)
-    assert torch.equal(averaged((torch.cat([x, 3 * x]),), 2)[0], 2 * x)
+    twice = (torch.cat([x, 3 * x]),)
+    assert torch.equal(averaged(twice, torch.tensor([[0.5], [0.5]]))[0], 2 * x)
+    assert torch.equal(averaged(twice, shares_of("ab", ["ab", "b"]))[0], torch.stack([2 * x[0], 3 * x[1]]))
+    assert torch.equal(shares_of("ab", ["", "a"]), torch.tensor([[0.5, 1.0], [0.5, 0.0]]))
 
 
 def test_turns() -> None:

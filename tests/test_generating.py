@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lora_diffusion import save_adapter
+from lora_diffusion import AdapterStack, missing_triggers, save_adapter
 from lora_diffusion.axes import Choices, grid_order, parse_factors
 from lora_diffusion.cli import application
 from lora_diffusion.cli.bake import bake
@@ -109,6 +111,21 @@ def test_generate_from_a_picture_makes_the_same_pixels(shelf: Path) -> None:
     assert "has its content" in run("generate", "--from", drawn, "-o", shelf / "no.png", fails=ConfigError)
     Image.new("RGB", (8, 8)).save(shelf / "plain.png")
     assert "no recipe" in run("generate", "--from", shelf / "plain.png", "-o", shelf / "no.png", fails=ConfigError)
+
+
+def test_a_trigger_word_that_no_prompt_has_is_named(sd: Any, shelf: Path) -> None:
+    told = {"modelspec.trigger_phrase": "ink, brush drawing"}
+    with AdapterStack(sd) as stack:
+        stack.add(replace(adapter(sd, "ink"), metadata=told))
+        stack.add(replace(adapter(sd, "kiki"), embeddings={"<kiki>": {"text_encoder": torch.zeros(1, 32)}}))
+        stack.add(adapter(sd, "plain"))
+        assert missing_triggers(stack, "pink apple") == {"ink": ["ink", "brush drawing"], "kiki": ["<kiki>"]}
+        assert missing_triggers(stack, ["<kiki> eats", "a Brush drawing"]) == {}
+    save_adapter(replace(adapter(sd, "told"), metadata=told), shelf / "told.safetensors")
+    words = ("-b", shelf / "base", "-a", shelf / "told.safetensors", "--steps", 1, "--size", "32x32", "--overwrite")
+    said = "told: trained with ink, brush drawing, which no prompt mentions"
+    assert said in run("generate", "pink apple", *words, "-o", shelf / "x.png")
+    assert said not in run("generate", "an INK apple", *words, "-o", shelf / "x.png")
 
 
 def test_grid_over_its_axes(shelf: Path) -> None:

@@ -70,8 +70,9 @@ def test_a_mask_is_one_more_part_of_any_weight(tmp_path: Path) -> None:
     windows: list[str] = []
     assert parse_weight(r"0.3:mask=C:\masks\left.png", lambda name: windows.append(name) or left) == Region(HALF, 0.3)
     assert windows == [r"C:\masks\left.png"]
-    for bad in ("0.8:mask=", f"mask={left}:mask={left}", f"0.8:te=1:mask={left}", f"x:mask={left}"):
-        with pytest.raises(ConfigError, match="weight"):
+    said = dict.fromkeys(("0.8:mask=", f"mask={left}:mask={left}", f"0.8:te=1:mask={left}", f"x:mask={left}"), "weight")
+    for bad, why in {**said, "0.8:mask=a:b.png": "mask's name, here 'a', and 'b.png' is no weight; rename"}.items():
+        with pytest.raises(ConfigError, match=why):
             parse_weight(bad)
     (tmp_path / "text.png").write_text("no picture")
     for gone in ("none.png", "text.png"):

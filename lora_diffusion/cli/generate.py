@@ -114,8 +114,8 @@ def _drawn(
 ) -> list[tuple[Image.Image, dict[str, Any]]]:
     from dataclasses import asdict, replace
 
-    from lora_diffusion.cli.progress import bar
-    from lora_diffusion.generating import draw_order
+    from lora_diffusion.cli.progress import bar, say
+    from lora_diffusion.generating import draw_order, missing_triggers
     from lora_diffusion.pipelines import load_for_drawing
     from lora_diffusion.stack import AdapterStack
 
@@ -129,7 +129,8 @@ def _drawn(
             stack.add(path, 0.0, name=name)
         stack.compose(**asdict(composition))
         order = replace(order, weights={**{n: [w] * count for n, w in fixed.items()}, **order.weights})
-        _mention_triggers(stack, order.prompts)
+        for name, words in missing_triggers(stack, order.prompts).items():
+            say(f"{name}: trained with {', '.join(words)}, which no prompt mentions")
         task = progress.add_task("drawing", total=count, note="")
         return draw_order(opened.pipe, stack, order, how, base, quantize, lambda n: progress.update(task, completed=n))
 
@@ -146,13 +147,3 @@ def _again(remake: Any, files: list[Path], library: Path, device: str) -> list[t
         add_again(stack, remake, candidates)
         made = draw_order(opened.pipe, stack, remake.order, remake.how, remake.base, remake.precision)
     return [made[remake.index]]
-
-
-def _mention_triggers(stack: Any, prompts: Any) -> None:
-    from lora_diffusion.cli.progress import say
-    from lora_diffusion.formats.identity import trigger_words
-
-    for name in stack:
-        words = trigger_words(stack[name].metadata) if "modelspec.trigger_phrase" in stack[name].metadata else []
-        if words and not any(word in prompt for word in words for prompt in prompts):
-            say(f"{name}: trained with {', '.join(words)}, which no prompt mentions")

@@ -15,7 +15,17 @@ They nest: a mapping may hold schedules, lists and regions; a list may hold mapp
 """
 
 from lora_diffusion.gates.blocks import blocks_of
-from lora_diffusion.gates.levels import Call, Level, entry_gate, has_places, is_live, is_steady, number_at
+from lora_diffusion.gates.levels import (
+    Call,
+    Level,
+    at_image,
+    entry_gate,
+    has_places,
+    images_of,
+    is_live,
+    is_steady,
+    number_at,
+)
 from lora_diffusion.gates.masks import Region
 from lora_diffusion.gates.resolving import ALIASES, Resolved, Weight, resolve_weight
 from lora_diffusion.gates.schedules import Keyframes, Window, linear, parse_schedule, window
@@ -30,9 +40,11 @@ __all__ = [
     "Resolved",
     "Weight",
     "Window",
+    "at_image",
     "blocks_of",
     "entry_gate",
     "has_places",
+    "images_of",
     "is_live",
     "is_steady",
     "linear",

@@ -90,6 +90,16 @@ def _is_by_image(level: Any) -> bool:
     return _is_by_image(level.weight) if isinstance(level, Region) else isinstance(level, list | tuple)
 
 
+def images_of(level: Level) -> int:
+    """For how many images it has a weight each; 1 where all have the same."""
+    return len(level) if isinstance(level, tuple) else 1
+
+
+def at_image(level: Level, image: int) -> Level:
+    """What it is for one image of the batch, counted on through the list."""
+    return level[image % len(level)] if isinstance(level, tuple) else level
+
+
 def is_live(level: Level) -> bool:
     """Whether it needs more than one number a call: by image or by place."""
     return isinstance(level, tuple | Region)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def parse_weight(text: str, find: Find = Path) -> Any:
     if masks := [value.strip() for name, _, value in parts if name.strip() == "mask"]:
         if len(masks) > 1 or not masks[0]:
             raise ConfigError(f"weight {text!r}: expected one mask, such as 0.8:mask=left.png or 0.8:mask=0-0.5,0-1")
+        _refuse_colon(text, masks[0], parts)
         rest = ":".join("".join(part) for part in parts if part[0].strip() != "mask")
         mask = masks[0] if is_rectangle(masks[0]) else find(masks[0])
         return Region(mask, parse_weight(rest, find) if rest else 1.0)
@@ -46,6 +47,19 @@ def parse_weight(text: str, find: Find = Path) -> Any:
     if not math.isfinite(number):
         raise ConfigError(f"weight {text!r} is not a finite number")
     return number
+
+
+def _refuse_colon(text: str, mask: str, parts: Sequence[tuple[str, str, str]]) -> None:
+    """ConfigError where what follows the mask is no weight but the end of its file's name."""
+    after = next(i for i, part in enumerate(parts) if part[0].strip() == "mask") + 1
+    name, equals, _ = parts[after] if after < len(parts) else ("0", "", "")
+    try:
+        _ = equals or parse_weight(name)
+    except ConfigError:
+        raise ConfigError(
+            f"weight {text!r}: a ':' ends the mask's name, here {mask!r}, and {name!r} is no weight; rename the "
+            "picture so that it has no ':'"
+        ) from None
 
 
 def spell_weight(weight: Any, masks: MutableMapping[str, str] | None = None) -> Any:
