@@ -165,8 +165,10 @@ class Slot(nn.Module):
 
     def merged(self, weight: Tensor) -> Tensor:
         """weight + upᵀ diag(gate) down, rounded once, in the weight's dtype and shape. Branches are not in it."""
-        gated = (self.up * self._of_pairs(self.gate)[:, None]).to(weight.dtype).t().contiguous()  # half of addmm's time
-        return torch.addmm(weight.flatten(1), gated, self.down.flatten(1).to(weight.dtype)).view_as(weight)
+        columns = (self.up.t() * self._of_pairs(self.gate)).to(weight.dtype)
+        if weight[0].numel() >= 16 * len(self.up):  # below, turning them costs more than the product gains by it
+            columns = columns.contiguous()
+        return torch.addmm(weight.flatten(1), columns, self.down.flatten(1).to(weight.dtype)).view_as(weight)
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook: where merging pays, let the merged weight stand in for the frozen one during this call."""
